@@ -1,0 +1,41 @@
+"""Parameters, FLOPs and activations, pinned to exact integers for all published networks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from effnet_lib import TABLE7, VARIANTS, EfficientNet, count_cost, efficientnet, round_resolution
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "costs.json").read_text())
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *TABLE7])
+def test_costs_are_the_golden_ones(name):
+    scaling = {**VARIANTS, **TABLE7}[name]
+    with torch.device("meta"):
+        cost = count_cost(EfficientNet(scaling), round_resolution(scaling.resolution))
+    assert {"params": cost.params, "flops": cost.flops, "activations": cost.activations} == GOLDEN[name]
+
+
+def test_a_multiply_add_is_one_flop():
+    layer = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    cost = count_cost(layer, 10)
+    assert (cost.params, cost.flops, cost.activations) == (3 * 8 * 9, 10 * 10 * 3 * 8 * 9, 10 * 10 * 8)
+
+
+def test_counting_leaves_the_model_as_it_was():
+    model = efficientnet("b0").train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    count_cost(model, 64)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert model.training and not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("resolution", [0, -1, 22.5, "224"])
+def test_impossible_resolutions_are_refused(resolution):
+    with pytest.raises(ValueError, match="resolution"):
+        count_cost(efficientnet("b0"), resolution)

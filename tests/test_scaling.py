@@ -1,0 +1,86 @@
+"""Scaling rules: rounding, compound coefficients, FLOPs matching."""
+
+import math
+
+import pytest
+import torch
+
+from effnet_lib import (
+    TABLE7,
+    EfficientNet,
+    Scaling,
+    coefficient_grid,
+    compound_scaling,
+    count_cost,
+    match_flops,
+    round_filters,
+    round_repeats,
+    round_resolution,
+)
+
+
+@pytest.mark.parametrize("channels, width, expected", [(32, 1.0, 32), (32, 1.2, 40), (320, 1.4, 448), (16, 1.1, 16)])
+def test_channels_are_rounded_as_the_released_networks_are(channels, width, expected):
+    assert round_filters(channels, width) == expected
+
+
+@pytest.mark.parametrize("width", [i / 37 for i in range(10, 150)])
+def test_channels_are_multiples_of_eight_and_never_lose_a_tenth(width):
+    for channels in (16, 24, 40, 80, 112, 192, 320, 1280):
+        rounded = round_filters(channels, width)
+        assert rounded % 8 == 0
+        assert rounded >= 0.9 * channels * width
+
+
+def test_layers_are_rounded_up_and_pixels_to_the_nearest():
+    assert [round_repeats(n, 1.4) for n in (1, 2, 3, 4)] == [2, 3, 5, 6]
+    assert [round_resolution(r) for r in (1, 1.3, 2, 300 / 224)] == [224, 291, 448, 300]
+    assert round_resolution(1.3, base=64) == 83
+
+
+def test_compound_scaling_is_equation_3():
+    scaling = compound_scaling(2, alpha=1.2, beta=1.1, gamma=1.15)
+    assert (scaling.depth, scaling.width, scaling.resolution) == pytest.approx((1.44, 1.21, 1.3225))
+    assert compound_scaling(0) == TABLE7["baseline"]
+
+
+def test_coefficient_grid_keeps_the_constraint_and_holds_the_papers_choice():
+    grid = coefficient_grid(0.05)
+    assert all(min(abg) >= 1 and 1.9 <= abg[0] * abg[1] ** 2 * abg[2] ** 2 <= 2.1 for abg in grid)
+    assert (1.2, 1.1, 1.15) in grid
+    assert len(set(grid)) == len(grid)
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, True, "2"])
+def test_impossible_coefficients_are_refused_by_name(value):
+    with pytest.raises(ValueError, match=r"depth coefficient.*above 0.*got"):
+        Scaling(depth=value)
+
+
+def test_compound_coefficients_below_one_are_refused():
+    with pytest.raises(ValueError, match="beta: expected .*at least 1"):
+        compound_scaling(1, beta=0.9)
+    with pytest.raises(ValueError, match="phi"):
+        compound_scaling(-1)
+
+
+@pytest.mark.parametrize("axis", ["depth", "width", "resolution"])
+def test_single_axes_match_compounds_flops_within_three_percent(axis):
+    with torch.device("meta"):
+        compound = EfficientNet(TABLE7["compound"])
+    target = count_cost(compound, 291).flops
+    match = match_flops(axis, target)
+    with torch.device("meta"):
+        model = EfficientNet(match.scaling)
+    assert count_cost(model, round_resolution(match.scaling.resolution)).flops == match.flops
+    assert match.residual == pytest.approx(match.flops / target - 1)
+    assert abs(match.residual) < 0.03
+    others = {"depth", "width", "resolution"} - {axis}
+    assert all(getattr(match.scaling, other) == 1 for other in others)
+
+
+def test_match_flops_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="'dept'.*Did you mean 'depth'"):
+        match_flops("dept", 10**9)
+    with pytest.raises(ValueError, match="at least the baseline's"):
+        match_flops("depth", 1000)
