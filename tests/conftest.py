@@ -1,0 +1,82 @@
+"""Shared small things: a tiny network's recipe, a data set in memory, a study profile that runs in seconds."""
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import effnet_lib
+from effnet_data import load_data
+
+matplotlib.use("Agg")
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load_data("digits", size=16, train_per_class=12)
+
+
+@pytest.fixture
+def tiny_model():
+    """A function that builds the smallest network of the family, its weights drawn by `seed`."""
+
+    def build(seed: int = 0, num_classes: int = 10, **options) -> effnet_lib.EfficientNet:
+        torch.manual_seed(seed)
+        scaling = effnet_lib.Scaling(depth=0.3, width=0.25)
+        return effnet_lib.EfficientNet(scaling, num_classes, stem_stride=1, **options)
+
+    return build
+
+
+@pytest.fixture
+def recipe():
+    """A function that makes a TrainConfig of a few quick steps."""
+
+    def make(**changes) -> effnet_lib.TrainConfig:
+        values = {"resolution": 16, "epochs": 3, "batch_size": 24, "lr": 0.01, "norm_momentum": 0.1, "ema_decay": 0.9}
+        return effnet_lib.TrainConfig(**values | changes)
+
+    return make
+
+
+@pytest.fixture
+def profile_file(tmp_path):
+    """A function that writes a small, valid profile with some keys changed (None removes one); returns its path."""
+
+    def write(name: str = "tiny", **changes):
+        values = {
+            "title": "Tiny",
+            "purpose": "check",
+            "data": {"name": "digits", "size": 16, "train_per_class": 4},
+            "base_resolution": 16,
+            "stem_stride": 2,
+            "methods": ["baseline", "depth", "width", "resolution", "compound"],
+            "seeds": [0],
+            "train": {"epochs": 1, "batch_size": 20, "optimizer": "sgd", "lr": 0.05, "norm_momentum": 0.1},
+        }
+        values = {key: value for key, value in (values | changes).items() if value is not None}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """A function that writes PATH/{train,test}/{ant,bee}/N.png of random pixels and returns PATH."""
+
+    def write(parts=("train", "test"), classes=("ant", "bee"), count=10, size=(12, 12)):
+        rng = np.random.default_rng(0)
+        for part in parts:
+            for name in classes:
+                folder = tmp_path / "pictures" / part / name
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        return tmp_path / "pictures"
+
+    return write
