@@ -1,0 +1,666 @@
+"""The study: profiles, planned runs, statistics, execution of the notebooks, and the `effnet` command.
+
+profiles/NAME.yaml says what is compared on which images by which recipe. `effnet study NAME` executes one
+notebook per method and seed, each of which trains one network and writes results/NAME/runs/...; then the analysis
+notebook reads all run records and writes tables, figures and verdicts.
+"""
+
+import argparse
+import ast
+import dataclasses
+import json
+import logging
+import math
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import filelock
+import nbformat
+import numpy as np
+import pandas as pd
+import papermill
+import torch
+import yaml
+from scipy import stats
+
+from effnet_data import CLASS_COUNTS, ImageData, load_data
+from effnet_lib import (
+    TABLE7,
+    VARIANTS,
+    EfficientNet,
+    Scaling,
+    TrainConfig,
+    full_config,
+    match_flops,
+    read_record,
+    replace_file,
+    round_resolution,
+    scaled_cost,
+    train,
+    unknown_name,
+)
+
+ROOT = Path(__file__).resolve().parent
+NOTEBOOKS, RESULTS = ROOT / "notebooks", ROOT / "results"
+STYLE = NOTEBOOKS / "study.mplstyle"  # for matplotlib: plt.style.use(study.STYLE)
+
+# The notebook that trains each method, and the method's colour (Okabe and Ito's, told apart by the colour-blind).
+TRAINED_BY = {
+    "baseline": "01_baseline_b0",
+    **dict.fromkeys(["depth", "width", "resolution"], "02_single_axis_scaling"),
+    **dict.fromkeys(["depth_matched", "width_matched", "resolution_matched"], "02_single_axis_scaling"),
+    "compound": "04_compound_scaling",
+}
+COLORS = {
+    "baseline": "#000000",
+    **dict.fromkeys(["depth", "depth_matched"], "#0072B2"),
+    **dict.fromkeys(["width", "width_matched"], "#E69F00"),
+    **dict.fromkeys(["resolution", "resolution_matched"], "#009E73"),
+    "compound": "#D55E00",
+}
+# Table 7 as published: FLOPs (multiply-adds) and ImageNet top-1 in percent. arXiv 1905.11946v5.
+PAPER_TABLE7 = {
+    "baseline": (0.4e9, 77.3),
+    "depth": (1.8e9, 79.0),
+    "width": (1.8e9, 78.9),
+    "resolution": (1.9e9, 79.1),
+    "compound": (1.8e9, 81.1),
+}
+PURPOSES = {
+    "check": "pipeline check, not evidence",
+    "exploratory": "exploratory: fewer seeds, data or epochs than a claim needs",
+    "evidence": "evidence, by the rules fixed before the runs",
+}
+
+
+# ---- 1. Profiles and planned runs ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One study: what is compared, on which images, by which recipe. Made by `load_profile`."""
+
+    name: str
+    title: str
+    purpose: str  # one of PURPOSES
+    data: dict  # arguments of load_data
+    base_resolution: int  # pixels at resolution coefficient 1
+    stem_stride: int
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    train: dict  # TrainConfig, without resolution and seed
+
+    @property
+    def stamp(self) -> str:
+        """What every table and figure of this study must say of itself."""
+        return PURPOSES[self.purpose]
+
+    @property
+    def num_classes(self) -> int:
+        known = self.data.get("classes") or CLASS_COUNTS.get(self.data["name"])
+        if known is None:
+            raise ValueError(f"{self.name}: data: say how many classes {self.data['name']} has (classes: N)")
+        return known
+
+    def scaling(self, method: str) -> Scaling:
+        """The method's coefficients: the paper's, or for NAME_matched those that cost as much as compound."""
+        axis, _, matched = method.partition("_")
+        if method not in TRAINED_BY:
+            raise unknown_name("method", method, TRAINED_BY)
+        if not matched:
+            return TABLE7[method]
+        return _matched(axis, self.base_resolution, self.num_classes, self.stem_stride)
+
+    def config(self, method: str, seed: int) -> TrainConfig:
+        """The recipe, the same for every method but for its resolution."""
+        resolution = round_resolution(self.scaling(method).resolution, self.base_resolution)
+        return TrainConfig.from_dict({**self.train, "resolution": resolution, "seed": seed})
+
+
+@cache
+def _matched(axis: str, base_resolution: int, num_classes: int, stem_stride: int) -> Scaling:
+    target = scaled_cost(TABLE7["compound"], base_resolution, num_classes, stem_stride).flops
+    return match_flops(axis, target, base_resolution, num_classes=num_classes, stem_stride=stem_stride).scaling
+
+
+def profile_names() -> list[str]:
+    return sorted(path.stem for path in (NOTEBOOKS / "profiles").glob("*.yaml"))
+
+
+def load_profile(name: str | Path) -> Profile:
+    """A profile by name (notebooks/profiles/NAME.yaml) or by path (any file that ends in .yaml).
+
+    Raises ValueError naming the file, the key, what was expected and what was found.
+    """
+    path = Path(name)
+    if path.suffix != ".yaml":
+        if str(name) not in profile_names():
+            raise unknown_name("profile", str(name), profile_names())
+        path = NOTEBOOKS / "profiles" / f"{name}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"profile {path}: cannot be read: {error}") from None
+    try:
+        return _checked_profile(path.stem, values)
+    except ValueError as error:
+        raise ValueError(f"profile {path.name}: {error}") from None
+
+
+def _checked_profile(name: str, values: object) -> Profile:
+    kinds = {"title": str, "purpose": str, "data": dict, "base_resolution": int, "stem_stride": int}
+    kinds |= {"methods": list, "seeds": list, "train": dict}
+    if not isinstance(values, dict):
+        raise ValueError(f"expected keys and values, got {values!r}")
+    for key in [*values, *kinds]:
+        if key not in kinds:
+            raise unknown_name("key", key, kinds)
+        if key not in values:
+            raise ValueError(f"{key} is missing")
+        if not isinstance(values[key], kinds[key]) or isinstance(values[key], bool):
+            raise ValueError(f"{key}: expected {kinds[key].__name__}, got {values[key]!r}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"its name {name!r} names a results folder: use letters, digits, '.', '_' and '-'")
+    if values["purpose"] not in PURPOSES:
+        raise unknown_name("purpose", values["purpose"], PURPOSES)
+    arguments = ("name", "size", "classes", "train_per_class", "minival", "split_seed", "title")
+    for key in values["data"]:
+        if key not in arguments:
+            raise unknown_name("data setting", key, arguments)
+    if not isinstance(values["data"].get("name"), str):
+        raise ValueError("data: name is missing")
+    if values["base_resolution"] < 8:
+        raise ValueError(f"base_resolution: expected at least 8 px, got {values['base_resolution']!r}")
+    if values["stem_stride"] not in (1, 2):
+        raise ValueError(f"stem_stride: expected 1 or 2, got {values['stem_stride']!r}")
+    for key in ("methods", "seeds"):
+        if not values[key] or len(set(map(str, values[key]))) < len(values[key]):
+            raise ValueError(f"{key}: expected a list without repetitions, got {values[key]!r}")
+    for method in values["methods"]:
+        if method not in TRAINED_BY:
+            raise unknown_name("method", method, TRAINED_BY)
+    for key in ("resolution", "seed"):
+        if key in values["train"]:
+            raise ValueError(f"train: {key} follows from method and seeds; remove it")
+    for seed in values["seeds"]:
+        TrainConfig.from_dict({**values["train"], "seed": seed})
+    lists = {key: tuple(values[key]) for key in ("methods", "seeds")}
+    return Profile(name=name, **{**values, **lists})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One planned network: a method and a seed of a profile, and where its results go."""
+
+    profile: Profile
+    method: str
+    seed: int
+    results: Path = RESULTS  # holds a folder per profile
+
+    @classmethod
+    def plan(cls, profile: str | Path, method: str, seed: int, results: str | Path | None = None) -> "Run":
+        """The run that a notebook's parameters name, checked."""
+        run = cls(load_profile(profile), method, seed, Path(results or RESULTS).absolute())
+        run.config  # noqa: B018 - refuses an unknown method or an impossible seed
+        return run
+
+    @cached_property
+    def scaling(self) -> Scaling:
+        return self.profile.scaling(self.method)
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        return self.profile.config(self.method, self.seed)
+
+    @property
+    def folder(self) -> Path:
+        """The study's folder: runs/, notebooks/, tables/, figures/."""
+        return self.results / self.profile.name
+
+    @property
+    def directory(self) -> Path:
+        return self.folder / "runs" / f"{self.method}_{self.scaling}_seed{self.seed}"
+
+    @property
+    def executed(self) -> Path:
+        """The executed notebook."""
+        return self.folder / "notebooks" / f"{TRAINED_BY[self.method]}_{self.method}_seed{self.seed}.ipynb"
+
+    @property
+    def about(self) -> dict:
+        """What the run record says beyond what the trainer knows."""
+        names = {"profile": self.profile.name, "purpose": self.profile.purpose, "method": self.method}
+        return names | {"coefficients": dataclasses.asdict(self.scaling), "stem_stride": self.profile.stem_stride}
+
+    def model(self, num_classes: int) -> EfficientNet:
+        """The untrained network, its initial weights drawn by the run's seed."""
+        torch.manual_seed(self.seed)
+        options = self.config.model_options()
+        return EfficientNet(self.scaling, num_classes, stem_stride=self.profile.stem_stride, **options)
+
+    def train(self, data: ImageData, device: str | None = None) -> dict:
+        """Train (or continue, or find finished) and return the record. RuntimeError if the run did not finish."""
+        model = self.model(len(data.classes))
+        record = train(model, data, self.config, self.directory, about=self.about, device=device)
+        if record["status"] != "finished":
+            raise RuntimeError(f"{self.directory.name} {_ending(record)}; run again with: effnet study --retry")
+        return record
+
+    def state(self) -> str:
+        """finished, failed, diverged, stale (made by another config), running, interrupted or missing."""
+        record = read_record(self.directory)
+        if record is not None:
+            return record["status"] if full_config(record) == dataclasses.asdict(self.config) else "stale"
+        if not (self.directory / ".lock").exists():
+            return "missing"
+        try:
+            with filelock.FileLock(self.directory / ".lock", blocking=False):
+                return "interrupted" if (self.directory / "checkpoint.pt").exists() else "missing"
+        except filelock.Timeout:
+            return "running"
+
+
+def _ending(record: Mapping) -> str:
+    """How a run that did not finish ended, in words."""
+    if record["status"] == "diverged":
+        return "diverged in epoch {epoch}, step {step}, at LR {lr:.3g}".format(**record["diverged"])
+    return f"failed ({record.get('error')})"
+
+
+def plan_runs(
+    profile: Profile,
+    results: str | Path | None = None,
+    methods: Iterable[str] | None = None,
+    seeds: Iterable[int] | None = None,
+) -> list[Run]:
+    """The profile's runs, one seed after the other, so that any prefix is as complete as it can be."""
+    for kind, asked, valid in (("method", methods, profile.methods), ("seed", seeds, profile.seeds)):
+        for value in asked or ():
+            if value not in valid:
+                raise unknown_name(f"{kind} of profile {profile.name}", value, map(str, valid))
+    results = Path(results or RESULTS).absolute()
+    wanted = [(seed, method) for seed in seeds or profile.seeds for method in methods or profile.methods]
+    return [Run(profile, method, seed, results) for seed, method in wanted]
+
+
+# ---- 2. Records as tables ------------------------------------------------------------------------------------------
+
+
+def load_runs(profile: str | Path | Profile, results: str | Path | None = None) -> pd.DataFrame:
+    """The runs of a profile, a row each, in the profile's order. Unfinished ones have a status and no scores.
+
+    top1, top5 are percentages, flops multiply-adds, seconds the whole run's, peak_memory_bytes torch's on a GPU
+    and the process's on a CPU.
+    """
+    profile = profile if isinstance(profile, Profile) else load_profile(profile)
+    rows = []
+    for run in plan_runs(profile, results):
+        row = {"method": run.method, "seed": run.seed, "status": run.state(), "directory": run.directory}
+        row |= {"d": run.scaling.depth, "w": run.scaling.width, "r": run.scaling.resolution}
+        row |= {"resolution": run.config.resolution}
+        if row["status"] == "finished":
+            record = read_record(run.directory)
+            row |= {**record["cost"], **record["test"], "raw_top1": record["test_raw"]["top1"]}
+            row |= {"minival_top1": record["minival"]["top1"], "device": record["device"]["name"]}
+            row |= {"commit": record["git"]["commit"], "data": record["dataset"]["title"]}
+            kept = ("seconds", "images_per_second", "peak_memory_bytes", "micro_batch", "started", "ended")
+            row |= {name: record[name] for name in kept}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def load_history(directory: str | Path) -> pd.DataFrame:
+    """history.jsonl of a run: a row per epoch, minival scored with the EMA weights."""
+    return pd.read_json(Path(directory) / "history.jsonl", lines=True)
+
+
+# ---- 3. Statistics -------------------------------------------------------------------------------------------------
+
+
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean, low, high of Student's t interval over seeds (n,). Below two values low and high are NaN."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return float(values.mean()), math.nan, math.nan
+    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """Holm's step-down adjustment of p values (k,): each is compared with alpha afterwards."""
+    p = np.asarray(p, float)
+    order = np.argsort(p)
+    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(adjusted, 1)[np.argsort(order)]
+
+
+def welch_holm(scores: Mapping[str, Sequence[float]], contrasts: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Planned contrasts (target, other) of one family, scores by method over seeds: a row each with the difference
+    target - other, Welch's 95 % interval and p, Holm's p over the family, and the verdict on "target beats other"."""
+    rows = []
+    for target, other in contrasts:
+        a, b = np.asarray(scores[target], float), np.asarray(scores[other], float)
+        row = {"contrast": f"{target} - {other}", "n": min(len(a), len(b)), "difference": a.mean() - b.mean()}
+        if row["n"] >= 2:
+            test = stats.ttest_ind(a, b, equal_var=False)
+            interval = test.confidence_interval(0.95)
+            row |= {"low": interval.low, "high": interval.high, "p": test.pvalue}
+        rows.append({"low": math.nan, "high": math.nan, "p": math.nan} | row)
+    table = pd.DataFrame(rows)
+    table["p_holm"] = holm(table["p"]) if table["p"].notna().all() else math.nan
+    columns = ("difference", "low", "high", "p_holm", "n")
+    table["verdict"] = [verdict(*row) for row in table[list(columns)].itertuples(index=False)]
+    return table[["contrast", "n", "difference", "low", "high", "p", "p_holm", "verdict"]]
+
+
+def verdict(
+    difference: float, low: float, high: float, p_holm: float, n: int, margin: float = 0.5, alpha: float = 0.05
+) -> str:
+    """The rule for "target beats other by top-1", fixed before the runs.
+
+    reproduced: Holm's p below alpha and the difference positive. not reproduced: p below alpha and the
+    difference negative, or the whole interval within +- margin (equivalent). inconclusive: anything else, and always
+    below three seeds.
+    """
+    if n < 3 or not math.isfinite(p_holm):
+        return "inconclusive"
+    if p_holm < alpha:
+        return "reproduced" if difference > 0 else "not reproduced"
+    return "not reproduced" if -margin < low and high < margin else "inconclusive"
+
+
+def overall(verdicts: Iterable[str]) -> str:
+    """The verdict of a claim that needs all its contrasts: the weakest of theirs."""
+    verdicts = list(verdicts) or ["inconclusive"]
+    return next((v for v in ("not reproduced", "inconclusive") if v in verdicts), "reproduced")
+
+
+def paired_bootstrap(target: np.ndarray, other: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the difference in top-1 (points) when seeds and test images are both drawn anew.
+
+    target, other: correct answers (seeds, images), bool; an image drawn counts for both, seeds are drawn apart.
+    """
+    if target.shape[1] != other.shape[1]:
+        raise ValueError(f"expected the same test images, got {target.shape[1]} and {other.shape[1]}")
+    rng, images = np.random.default_rng(seed), target.shape[1]
+    differences = []
+    for _ in range(draws):
+        weights = rng.multinomial(images, np.full(images, 1 / images)) / images
+        means = [(c[rng.integers(len(c), size=len(c))] @ weights).mean() for c in (target, other)]
+        differences.append(100 * (means[0] - means[1]))
+    low, high = np.quantile(differences, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def save_figure(figure, path: str | Path) -> None:
+    """Write a figure as path.svg, .pdf and .png, the same bytes for the same figure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
+    for suffix, metadata in undated.items():
+        figure.savefig(path.with_suffix(f".{suffix}"), metadata=metadata)
+
+
+def save_table(table: pd.DataFrame, path: str | Path) -> None:
+    """Write a table as CSV, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda file: table.to_csv(file, index=False, float_format="%.10g"))
+
+
+# ---- 4. Notebooks --------------------------------------------------------------------------------------------------
+
+
+def _assignments(source: str) -> dict[str, object]:
+    """NAME = literal lines of a cell."""
+    pairs = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            pairs[target.id] = ast.literal_eval(node.value)
+    return pairs
+
+
+def check_parameters(notebook: str, values: Mapping[str, object]) -> dict[str, object]:
+    """`values` if NOTEBOOK's cell tagged "parameters" declares them all, with like types; papermill only warns.
+
+    Returns the declared defaults updated by `values`; a parameter whose default is None takes text or None.
+    """
+    cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
+    declared = next(_assignments(c.source) for c in cells if "parameters" in c.metadata.get("tags", []))
+    for name, value in values.items():
+        if name not in declared:
+            raise unknown_name(f"parameter of {notebook}", name, declared)
+        default = declared[name]
+        allowed = {float: (int, float), type(None): (str, type(None))}.get(type(default), type(default))
+        if not isinstance(value, allowed) or (isinstance(value, bool) and type(default) is not bool):
+            raise ValueError(f"parameter {name} of {notebook}: expected a value like {default!r}, got {value!r}")
+    return declared | dict(values)
+
+
+def check_notebook(notebook: str, namespace: Mapping[str, object]) -> None:
+    """For a notebook's second cell: refuse unknown or ill-typed parameters, whoever injected them.
+
+    namespace: the notebook's globals(). The names come from the cell that papermill injected, which starts with
+    "# Parameters", so that variables of the notebook itself are never taken for parameters.
+    """
+    injected = [_assignments(cell) for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n")]
+    declared = check_parameters(notebook, injected[-1] if injected else {})
+    values = check_parameters(notebook, {name: namespace[name] for name in declared})
+    if TRAINED_BY.get(values.get("method"), notebook) != notebook:
+        raise ValueError(f"method {values['method']!r} is trained by {TRAINED_BY[values['method']]}, not by {notebook}")
+
+
+def run_notebook(notebook: str, output: Path, parameters: Mapping[str, object]) -> None:
+    """Execute notebooks/NOTEBOOK.ipynb into `output`, which appears only if every cell succeeded.
+
+    A failed or interrupted notebook is left beside it as NAME.partial.ipynb. What cells print comes out at once.
+    """
+    check_parameters(notebook, parameters)
+    unfinished = output.with_suffix(".partial.ipynb")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("papermill").setLevel(logging.WARNING)
+    papermill.execute_notebook(
+        str(NOTEBOOKS / f"{notebook}.ipynb"),
+        str(unfinished),
+        dict(parameters),
+        kernel_name="python3",
+        language="python",
+        progress_bar=False,
+        log_output=False,
+        stdout_file=sys.stdout,
+        stderr_file=sys.stderr,
+        cwd=str(ROOT),
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
+    )
+    executed = nbformat.read(unfinished, as_version=4)
+    for key in ("input_path", "output_path"):  # no paths of the machine it ran on
+        executed.metadata.papermill[key] = f"{notebook}.ipynb" if key == "input_path" else output.name
+    nbformat.write(executed, unfinished)
+    unfinished.replace(output)
+
+
+# ---- 5. The command ------------------------------------------------------------------------------------------------
+
+
+def study(
+    name: str,
+    results: str | Path | None = None,
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    device: str | None = None,
+    retry: bool = False,
+    analysis: bool = False,
+) -> int:
+    """Execute a profile's notebooks, those of finished runs excepted. Returns 0 if all runs are finished, else 1.
+
+    retry: run failed and diverged runs again (their records are kept as run.earlier.json).
+    analysis: execute 00 and 05 even if no run was trained.
+    """
+    profile = load_profile(name)
+    name = str(Path(name).absolute()) if str(name).endswith(".yaml") else name  # kernels start in another folder
+    runs = plan_runs(profile, results, methods, seeds)
+    folder = runs[0].folder
+    place = {} if results is None else {"results": str(Path(results).absolute())}
+    todo = []
+    for run in runs:
+        ended_badly = run.state() in ("failed", "diverged")
+        if ended_badly and retry:
+            (run.directory / "run.json").replace(run.directory / "run.earlier.json")
+            (run.directory / "checkpoint.pt").unlink(missing_ok=True)
+        if run.state() != "finished" and (retry or not ended_badly):
+            todo.append(run)
+    print(f"{profile.title}: {len(runs)} runs, {len(todo)} to do ({profile.stamp})", flush=True)
+    for number, run in enumerate(todo, 1):
+        print(f"[{number}/{len(todo)}] {run.method}, seed {run.seed}, {run.config.resolution} px", flush=True)
+        parameters = {"profile": name, "method": run.method, "seed": run.seed, "device": device, **place}
+        _attempt(TRAINED_BY[run.method], run.executed, parameters)
+    finished = [run for run in runs if run.state() == "finished"]
+    analysed = True
+    if finished and (todo or analysis or not (folder / "tables" / "table7.csv").exists()):
+        for notebook in ("00_architecture", "05_analysis"):
+            print(f"{notebook}: executing", flush=True)
+            output = folder / "notebooks" / f"{notebook}.ipynb"
+            analysed &= _attempt(notebook, output, {"profile": name, **place})
+    print_status(profile, results)
+    if not todo:
+        print(_provenance(profile, results))
+    return 0 if len(finished) == len(runs) and analysed else 1
+
+
+def _attempt(notebook: str, output: Path, parameters: Mapping[str, object]) -> bool:
+    """Execute a notebook; whatever goes wrong inside it is told, and the study goes on."""
+    try:
+        run_notebook(notebook, output, parameters)
+        return True
+    except Exception as error:  # the failing cell's own error, or a dead kernel
+        last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        print(
+            f"{notebook} failed: {last[0]}\n  see {output.with_suffix('.partial.ipynb')}", file=sys.stderr, flush=True
+        )
+        return False
+
+
+def print_status(profile: Profile, results: str | Path | None = None) -> None:
+    """A line per run: state, cost, score, speed."""
+    table = load_runs(profile, results)
+    columns = {"method": "method", "seed": "seed", "status": "status", "resolution": "px"}
+    if "top1" in table:
+        table["params"], table["flops"] = table["params"] / 1e6, table["flops"] / 1e9
+        columns |= {"params": "params (M)", "flops": "FLOPs (B)", "top1": "top-1 %", "top5": "top-5 %"}
+        columns |= {"images_per_second": "images/s", "seconds": "seconds"}
+    formats = {"params (M)": "{:.2f}", "FLOPs (B)": "{:.4f}", "top-1 %": "{:.2f}", "top-5 %": "{:.2f}"}
+    formats |= {"images/s": "{:,.0f}", "seconds": "{:,.0f}"}
+    table = table[list(columns)].rename(columns=columns)
+    print(f"\n{profile.title} ({profile.stamp})")
+    print(table.to_string(index=False, na_rep="-", formatters={k: f.format for k, f in formats.items()}), flush=True)
+    for run in plan_runs(profile, results):
+        if run.state() in ("failed", "diverged"):
+            print(f"{run.directory.name} {_ending(read_record(run.directory))}; run it again with --retry")
+
+
+def _provenance(profile: Profile, results: str | Path | None) -> str:
+    """Who made the runs that are there, when, on what, and how to repeat them."""
+    table = load_runs(profile, results).query("status == 'finished'")
+    if table.empty:
+        return "No run has finished."
+    folder = Path(results or RESULTS).absolute() / profile.name
+    log = ["git", "log", "-1", "--format=committed by %an on %as", "--", str(folder)]
+    made = subprocess.run(log, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "made here, not committed"
+    first, last = table["started"].min()[:10], table["ended"].max()[:10]
+    return (
+        f"\nThese {len(table)} runs are finished: {made}; run {first}{'' if first == last else f' to {last}'} "
+        f"on {', '.join(table['device'].unique())}, code {', '.join(str(c)[:10] for c in table['commit'].unique())}.\n"
+        f"To repeat them elsewhere: effnet study {profile.name} --results DIR"
+    )
+
+
+def _cost_table(names: Sequence[str], resolution: int | None, num_classes: int, stem_stride: int) -> str:
+    rows = []
+    for name in names:
+        scaling = {**VARIANTS, **TABLE7}.get(name)
+        if scaling is None:
+            raise unknown_name("network", name, {**VARIANTS, **TABLE7})
+        pixels = round_resolution(scaling.resolution, resolution or 224)
+        cost = scaled_cost(scaling, resolution or 224, num_classes, stem_stride)
+        rows.append({"network": name, "px": pixels, **dataclasses.asdict(cost)})
+    return pd.DataFrame(rows).to_string(
+        index=False, formatters=dict.fromkeys(["params", "flops", "activations"], "{:,}".format)
+    )
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The `effnet` command."""
+    parser = argparse.ArgumentParser(
+        prog="effnet", description="A reproduction study of EfficientNet's compound scaling."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    known = f"a profile: {', '.join(profile_names())}, or a .yaml file"
+
+    def command(name: str, text: str, profile: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        if profile:
+            sub.add_argument("profile", help=known)
+            sub.add_argument("--results", metavar="DIR", help="where results go, instead of results/")
+        return sub
+
+    sub = command("study", "execute all notebooks of a profile")
+    sub.add_argument("--methods", nargs="+", help="only these methods of the profile")
+    sub.add_argument("--seeds", nargs="+", type=int, help="only these seeds of the profile")
+    sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    sub.add_argument("--retry", action="store_true", help="run failed and diverged runs again")
+    sub.add_argument("--analysis", action="store_true", help="execute the analysis even if nothing was trained")
+    command("status", "list a profile's runs: finished, running, interrupted, failed, diverged, stale, missing")
+    sub = command("train", "train one method and seed of a profile, without a notebook")
+    sub.add_argument("method", choices=TRAINED_BY)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    sub = command("cost", "count parameters, FLOPs (multiply-adds) and activations", profile=False)
+    sub.add_argument("networks", nargs="+", metavar="NETWORK", help="b0 to b7, or a Table 7 row such as compound")
+    sub.add_argument("--resolution", type=int, help="pixels at resolution coefficient 1 (default: 224)")
+    sub.add_argument("--classes", type=int, default=1000)
+    sub.add_argument("--stem-stride", type=int, default=2, choices=(1, 2))
+    sub = command("data", "fetch a data set if it is missing, load it, and say what it is", profile=False)
+    sub.add_argument("name", help="digits, cifar10, cifar100, tiny-imagenet or folder:PATH")
+    sub.add_argument("--root", metavar="DIR", help="where data lies (default: $EFFNET_DATA, else ./data)")
+    args = parser.parse_args(arguments)
+
+    # A scheduler's SIGTERM must reach the kernel as an interrupt; a background shell starts us with SIGINT ignored.
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if args.command == "study":
+            options = {name: getattr(args, name) for name in ("methods", "seeds", "device", "retry", "analysis")}
+            return study(args.profile, args.results, **options)
+        if args.command == "status":
+            print_status(load_profile(args.profile), args.results)
+        elif args.command == "train":
+            run = Run.plan(args.profile, args.method, args.seed, args.results)
+            run.train(load_data(**run.profile.data), args.device)
+            print(f"written to {run.directory}")
+        elif args.command == "cost":
+            print(_cost_table(args.networks, args.resolution, args.classes, args.stem_stride))
+        else:
+            print(json.dumps(load_data(args.name, args.root).describe(), indent=2))
+        return 0
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"effnet: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("effnet: interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The notebooks: clean in the repository, and executed from end to end on a small study."""
+
+import json
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+import effnet_study as study
+
+SOURCES = sorted(study.NOTEBOOKS.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_source_notebooks_hold_no_outputs_and_say_what_they_need(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert "papermill" not in notebook.metadata and notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None
+            assert "pip install" not in cell.source
+    tags = [cell.metadata.get("tags") for cell in notebook.cells if cell.cell_type == "code"]
+    assert tags[0] == ["parameters"] and not any(tags[1:])
+    assert "How long:" in notebook.cells[0].source
+    assert f'check_notebook("{path.stem}", globals())' in notebook.cells[2].source
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """A whole study through the command, as a user runs it: (exit status, its text, the results folder)."""
+    place = tmp_path_factory.mktemp("study")
+    profile = place / "small.yaml"
+    profile.write_text(
+        """
+title: Small
+purpose: check
+data: {name: digits, size: 16, train_per_class: 4}
+base_resolution: 16
+stem_stride: 2
+methods: [baseline, depth, width, resolution, compound]
+seeds: [0]
+train: {epochs: 2, batch_size: 20, optimizer: sgd, lr: 0.05, norm_momentum: 0.1, flip: false}
+"""
+    )
+    command = [sys.executable, "-m", "effnet_study", "study", str(profile), "--results", str(place / "results")]
+    done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=600)
+    return done, place / "results" / "small", command
+
+
+def test_the_study_executes_every_notebook(executed):
+    done, folder, _ = executed
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = [f"02_single_axis_scaling_{axis}_seed0" for axis in ("depth", "resolution", "width")]
+    expected = ["00_architecture", "01_baseline_b0_baseline_seed0", *expected, "04_compound_scaling_compound_seed0"]
+    assert sorted(path.stem for path in (folder / "notebooks").iterdir()) == [*expected, "05_analysis"]
+    for path in (folder / "notebooks").iterdir():
+        assert not any(
+            output.output_type == "error" for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])
+        )
+        assert str(study.ROOT) not in path.read_text()
+
+
+def test_the_study_prints_a_line_per_epoch_and_a_closing_table(executed):
+    done, _, _ = executed
+    lines = [line for line in done.stdout.splitlines() if "  epoch " in line]
+    assert len(lines) == 5 * 2
+    assert all(word in lines[0] for word in ("baseline", "seed 0", "1/2", "loss", "top-1", "images/s", "left"))
+    assert done.stdout.count("finished") >= 5 and "pipeline check, not evidence" in done.stdout
+
+
+def test_the_analysis_writes_tables_figures_verdict_and_a_page(executed):
+    _, folder, _ = executed
+    table = pd.read_csv(folder / "tables" / "table7.csv")
+    assert table["method"].tolist() == ["baseline", "depth", "width", "resolution", "compound"]
+    assert table["paper_top1"].tolist() == [77.3, 79.0, 78.9, 79.1, 81.1]
+    assert (table["purpose"] == "check").all() and (table["n"] == 1).all()
+    for row in table.itertuples():
+        directory = next((folder / "runs").glob(f"{row.method}_*"))
+        record = json.loads((directory / "run.json").read_text())
+        assert (row.params, row.flops) == (record["cost"]["params"], record["cost"]["flops"])
+        assert row.top1 == pytest.approx(100 * np.load(directory / "test_correct.npy").mean())
+    for figure in ("figure8", "learning_curves", "cost_speed", "flops_mismatch", "b0_stages"):
+        for suffix in ("svg", "pdf", "png"):
+            assert (folder / "figures" / f"{figure}.{suffix}").stat().st_size > 5000
+    verdict = json.loads((folder / "tables" / "verdict.json").read_text())
+    assert set(verdict["claims"].values()) == {"inconclusive"}  # one seed decides nothing
+    page = (folder / "README.md").read_text()
+    assert "pipeline check, not evidence" in page and f"{table['top1'][4]:.2f}" in page
+
+
+def test_the_architecture_notebook_finds_the_mismatch_of_table_7(executed):
+    _, folder, _ = executed
+    costs = pd.read_csv(folder / "tables" / "table7_cost.csv").set_index("method")
+    extra = costs["compound_extra_percent"]
+    assert extra[["depth", "width", "resolution"]].round().tolist() == [14, 24, 17]
+    assert (costs["matched_residual_percent"].dropna().abs() < 3).all()
+    variants = pd.read_csv(folder / "tables" / "variants.csv").set_index("model")
+    assert variants["flops"]["b3"] == 1_827_141_392
+
+
+def test_a_second_study_trains_nothing_and_says_who_ran_the_first(executed):
+    _, folder, command = executed
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "  epoch " not in done.stdout
+    assert "5 runs are finished: made here, not committed" in done.stdout and "--results DIR" in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_failing_notebook_fails_the_study_and_the_others_go_on(profile_file, tmp_path):
+    path = profile_file(methods=["compound", "baseline"], data={"name": "digits", "size": 16, "train_per_class": 4})
+    run = study.Run.plan(path, "compound", 0, tmp_path)
+    run.directory.mkdir(parents=True)
+    (run.directory / "run.json").write_text(json.dumps({"schema": 1, "status": "finished", "config": {}}))  # stale
+    command = [sys.executable, "-m", "effnet_study", "study", str(path), "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "04_compound_scaling failed" in done.stderr and "delete" in done.stderr
+    assert run.executed.with_suffix(".partial.ipynb").exists() and not run.executed.exists()
+    states = study.load_runs(path, tmp_path).set_index("method")["status"]
+    assert states.to_dict() == {"compound": "stale", "baseline": "finished"}
+    assert (tmp_path / "tiny" / "tables" / "table7.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"sed": 1}, "unknown parameter of 01_baseline_b0 'sed'.*Did you mean 'seed'"),
+        ({"seed": "0"}, "parameter seed of 01_baseline_b0: expected a value like 0, got '0'"),
+        ({"seed": True}, "parameter seed"),
+        ({"profile": 3}, "parameter profile"),
+        ({"results": 3}, "parameter results"),
+    ],
+)
+def test_parameters_that_a_notebook_does_not_declare_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        study.check_parameters("01_baseline_b0", values)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["-p", "sed", "1"], "unknown parameter of 01_baseline_b0 'sed'"),
+        (["-p", "seed", "one"], "parameter seed of 01_baseline_b0"),
+        (["-p", "method", "depth"], "method 'depth' is trained by 02_single_axis_scaling"),
+    ],
+)
+def test_papermill_itself_fails_on_a_wrong_parameter(words, message, tmp_path):
+    """Not only through the study: papermill alone would warn of an unknown parameter and go on."""
+    source = study.NOTEBOOKS / "01_baseline_b0.ipynb"
+    command = [sys.executable, "-m", "papermill", str(source), str(tmp_path / "out.ipynb"), "-k", "python3", *words]
+    done = subprocess.run(command, cwd=study.NOTEBOOKS, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and message in done.stderr
