@@ -650,12 +650,12 @@ def train(
             checkpoint = _load_checkpoint(run_dir / "checkpoint.pt", identity)
             label = f"{about.get('method', 'run'):<10} seed {config.seed}"
             head = {"schema": SCHEMA_VERSION, "status": "failed", **about, "seed": config.seed}
-            head |= identity | {"dataset": dataset}
+            head |= identity | {"dataset": dataset} | environment(device)  # the code that runs, not what it becomes
             try:
                 record = head | _train(model, data, config, run_dir, device, label, checkpoint, identity)
             except Exception as error:
                 error_text = f"{type(error).__name__}: {error}"
-                write_json(run_dir / "run.json", head | environment(device) | {"error": error_text})
+                write_json(run_dir / "run.json", head | {"error": error_text})
                 raise
             write_json(run_dir / "run.json", record)
             if record["status"] == "finished":  # keep the EMA weights; optimizer and raw weights triple the size
@@ -836,7 +836,7 @@ def _epoch_line(label: str, history: list[dict], epochs: int) -> str:
 
 
 def _closing(progress: dict, device: torch.device) -> dict:
-    """The closing part of a record: time, speed, memory, machine."""
+    """The closing part of a record: time, speed, memory."""
     history = progress["history"]
     row = history[-1] if history else {}  # empty if it diverged in the first epoch
     speeds, seconds = [row["images_per_second"] for row in history], [row["seconds"] for row in history]
@@ -852,7 +852,6 @@ def _closing(progress: dict, device: torch.device) -> dict:
         "micro_batch": progress["micro_batch"],
         "started": progress["started"],
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment(device),
     }
 
 

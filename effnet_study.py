@@ -9,7 +9,6 @@ import argparse
 import ast
 import dataclasses
 import json
-import logging
 import math
 import re
 import signal
@@ -24,7 +23,6 @@ import filelock
 import nbformat
 import numpy as np
 import pandas as pd
-import papermill
 import torch
 import yaml
 from scipy import stats
@@ -457,28 +455,39 @@ def check_notebook(notebook: str, namespace: Mapping[str, object]) -> None:
         raise ValueError(f"method {values['method']!r} is trained by {TRAINED_BY[values['method']]}, not by {notebook}")
 
 
+# Papermill has a process of its own: while it executes, it takes over the signals, and afterwards resets them.
+_EXECUTE = """
+import json, sys, papermill
+try:
+    papermill.execute_notebook(**json.loads(sys.argv[1]), stdout_file=sys.stdout, stderr_file=sys.stderr)
+except papermill.PapermillExecutionError as error:
+    sys.exit(f"{error.ename}: {error.evalue}")
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
 def run_notebook(notebook: str, output: Path, parameters: Mapping[str, object]) -> None:
     """Execute notebooks/NOTEBOOK.ipynb into `output`, which appears only if every cell succeeded.
 
-    A failed or interrupted notebook is left beside it as NAME.partial.ipynb. What cells print comes out at once.
+    What cells print comes out at once. Raises RuntimeError if a cell failed or the kernel died; what there is of
+    the notebook is then beside `output` as NAME.partial.ipynb. An interrupt stops the kernel before it goes on.
     """
     check_parameters(notebook, parameters)
     unfinished = output.with_suffix(".partial.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("papermill").setLevel(logging.WARNING)
-    papermill.execute_notebook(
-        str(NOTEBOOKS / f"{notebook}.ipynb"),
-        str(unfinished),
-        dict(parameters),
-        kernel_name="python3",
-        language="python",
-        progress_bar=False,
-        log_output=False,
-        stdout_file=sys.stdout,
-        stderr_file=sys.stderr,
-        cwd=str(ROOT),
-        extra_arguments=["--IPKernelApp.log_level=ERROR"],
-    )
+    arguments = {"input_path": str(NOTEBOOKS / f"{notebook}.ipynb"), "output_path": str(unfinished)}
+    arguments |= {"parameters": dict(parameters), "kernel_name": "python3", "language": "python", "cwd": str(ROOT)}
+    arguments |= {"progress_bar": False, "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}
+    process = subprocess.Popen([sys.executable, "-c", _EXECUTE, json.dumps(arguments)], cwd=ROOT)
+    try:
+        status = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if status != 0:
+        raise RuntimeError(f"{notebook} failed; see {unfinished}")
     executed = nbformat.read(unfinished, as_version=4)
     for key in ("input_path", "output_path"):  # no paths of the machine it ran on
         executed.metadata.papermill[key] = f"{notebook}.ipynb" if key == "input_path" else output.name
@@ -531,20 +540,17 @@ def study(
             analysed &= _attempt(notebook, output, {"profile": name, **place})
     print_status(profile, results)
     if not todo:
-        print(_provenance(profile, results))
+        print(_provenance(profile, results, name))
     return 0 if len(finished) == len(runs) and analysed else 1
 
 
 def _attempt(notebook: str, output: Path, parameters: Mapping[str, object]) -> bool:
-    """Execute a notebook; whatever goes wrong inside it is told, and the study goes on."""
+    """Execute a notebook; if that fails it is told, and the study goes on."""
     try:
         run_notebook(notebook, output, parameters)
         return True
-    except Exception as error:  # the failing cell's own error, or a dead kernel
-        last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        print(
-            f"{notebook} failed: {last[0]}\n  see {output.with_suffix('.partial.ipynb')}", file=sys.stderr, flush=True
-        )
+    except RuntimeError as error:
+        print(f"effnet: {error}", file=sys.stderr, flush=True)
         return False
 
 
@@ -566,7 +572,7 @@ def print_status(profile: Profile, results: str | Path | None = None) -> None:
             print(f"{run.directory.name} {_ending(read_record(run.directory))}; run it again with --retry")
 
 
-def _provenance(profile: Profile, results: str | Path | None) -> str:
+def _provenance(profile: Profile, results: str | Path | None, name: str) -> str:
     """Who made the runs that are there, when, on what, and how to repeat them."""
     table = load_runs(profile, results).query("status == 'finished'")
     if table.empty:
@@ -578,7 +584,7 @@ def _provenance(profile: Profile, results: str | Path | None) -> str:
     return (
         f"\nThese {len(table)} runs are finished: {made}; run {first}{'' if first == last else f' to {last}'} "
         f"on {', '.join(table['device'].unique())}, code {', '.join(str(c)[:10] for c in table['commit'].unique())}.\n"
-        f"To repeat them elsewhere: effnet study {profile.name} --results DIR"
+        f"To repeat them elsewhere: effnet study {name} --results DIR"
     )
 
 

@@ -1,6 +1,7 @@
 """The notebooks: clean in the repository, and executed from end to end on a small study."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -124,6 +125,30 @@ def test_a_failing_notebook_fails_the_study_and_the_others_go_on(profile_file, t
     states = study.load_runs(path, tmp_path).set_index("method")["status"]
     assert states.to_dict() == {"compound": "stale", "baseline": "finished"}
     assert (tmp_path / "tiny" / "tables" / "table7.csv").exists()
+
+
+def test_an_interrupted_study_continues(profile_file, tmp_path):
+    path = profile_file(methods=["baseline"], train={"epochs": 20, "batch_size": 20, "optimizer": "sgd", "lr": 0.05})
+    command = [sys.executable, "-m", "effnet_study", "study", str(path), "--results", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=study.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "epoch   2/20" in line:
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130 and "the same command continues" in process.stderr.read()
+    run = study.Run.plan(path, "baseline", 0, tmp_path)
+    assert run.state() == "interrupted" and not run.executed.exists()
+    done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "continues after epoch" in done.stdout and "epoch   1/20" not in done.stdout
+    assert len(study.load_history(run.directory)) == 20 and run.executed.exists()
+
+
+def test_a_notebook_runs_by_papermill_alone_from_its_own_folder(profile_file, tmp_path):
+    path = profile_file(methods=["width"])
+    words = ["-p", "profile", str(path), "-p", "method", "width", "-p", "results", str(tmp_path)]
+    command = [sys.executable, "-m", "papermill", "02_single_axis_scaling.ipynb", str(tmp_path / "out.ipynb")]
+    done = subprocess.run([*command, *words], cwd=study.NOTEBOOKS, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert study.Run.plan(path, "width", 0, tmp_path).state() == "finished"
 
 
 @pytest.mark.parametrize(
