@@ -410,11 +410,10 @@ def count_cost(model: nn.Module, resolution: int) -> Cost:
 
     def add_output(module: nn.Module, inputs: tuple, output: Tensor) -> None:
         nonlocal activations
-        activations += output.numel()
+        activations += output.numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0
 
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(add_output)
+        module.register_forward_hook(add_output)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, resolution, resolution, device="meta"))
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, activations)
@@ -545,16 +544,18 @@ class RMSpropTF(torch.optim.Optimizer):
             torch._foreach_sub_(params, buffers)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The config's optimizer, with weight decay on kernels and matrices only."""
+def make_optimizer(model: nn.Module, config: TrainConfig, fused: bool = True) -> torch.optim.Optimizer:
+    """The config's optimizer, with weight decay on kernels and matrices only. With a gradient scaler `fused` must be
+    False: if the very first step overflows, torch's fused SGD skips it but keeps an uninitialised momentum."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    options = {"lr": config.lr, "momentum": config.momentum}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
-    return RMSpropTF(groups, lr=config.lr, momentum=config.momentum)
+        return torch.optim.SGD(groups, nesterov=config.momentum > 0, fused=fused, **options)
+    return RMSpropTF(groups, **options)
 
 
 @torch.no_grad()
@@ -654,8 +655,7 @@ def train(
             try:
                 record = head | _train(model, data, config, run_dir, device, label, checkpoint, identity)
             except Exception as error:
-                error_text = f"{type(error).__name__}: {error}"
-                write_json(run_dir / "run.json", head | {"error": error_text})
+                write_json(run_dir / "run.json", head | {"error": f"{type(error).__name__}: {error}"})
                 raise
             write_json(run_dir / "run.json", record)
             if record["status"] == "finished":  # keep the EMA weights; optimizer and raw weights triple the size
@@ -671,8 +671,9 @@ def _train(model, data, config, run_dir, device, label, checkpoint, identity) ->
     """The loop of `train`: what the record says of how it went."""
     model = model.to(device, memory_format=torch.channels_last)
     data = data.to(device)
-    optimizer, ema = make_optimizer(model, config), copy.deepcopy(model).requires_grad_(False)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(config.precision, device) == torch.float16)
+    optimizer = make_optimizer(model, config, fused=not scaler.is_enabled())
+    ema = copy.deepcopy(model).requires_grad_(False)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     progress = {"history": [], "started": datetime.now(UTC).isoformat(timespec="seconds")}
     progress["micro_batch"] = math.ceil(config.batch_size / config.accumulation)

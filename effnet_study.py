@@ -234,7 +234,13 @@ class Run:
     def about(self) -> dict:
         """What the run record says beyond what the trainer knows."""
         names = {"profile": self.profile.name, "purpose": self.profile.purpose, "method": self.method}
-        return names | {"coefficients": dataclasses.asdict(self.scaling), "stem_stride": self.profile.stem_stride}
+        return names | self._setting
+
+    @property
+    def _setting(self) -> dict:
+        """What makes this run the profile's, beside the recipe."""
+        profile, coefficients = self.profile, dataclasses.asdict(self.scaling)
+        return {"coefficients": coefficients, "stem_stride": profile.stem_stride, "data": profile.data}
 
     def model(self, num_classes: int) -> EfficientNet:
         """The untrained network, its initial weights drawn by the run's seed."""
@@ -251,10 +257,12 @@ class Run:
         return record
 
     def state(self) -> str:
-        """finished, failed, diverged, stale (made by another config), running, interrupted or missing."""
+        """finished, failed, diverged, stale (the profile has changed since), running, interrupted or missing."""
         record = read_record(self.directory)
         if record is not None:
-            return record["status"] if full_config(record) == dataclasses.asdict(self.config) else "stale"
+            same = all(record.get(key, value) == value for key, value in self._setting.items())
+            same &= full_config(record) == dataclasses.asdict(self.config)
+            return record["status"] if same else "stale"
         if not (self.directory / ".lock").exists():
             return "missing"
         try:
@@ -627,7 +635,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     sub.add_argument("--retry", action="store_true", help="run failed and diverged runs again")
     sub.add_argument("--analysis", action="store_true", help="execute the analysis even if nothing was trained")
-    command("status", "list a profile's runs: finished, running, interrupted, failed, diverged, stale, missing")
+    command("status", "list a profile's runs: finished, failed, diverged, stale, running, interrupted, missing")
     sub = command("train", "train one method and seed of a profile, without a notebook")
     sub.add_argument("method", choices=TRAINED_BY)
     sub.add_argument("--seed", type=int, default=0)

@@ -1,5 +1,7 @@
 """Shared small things: a tiny network's recipe, a data set in memory, a study profile that runs in seconds."""
 
+import json
+
 import matplotlib
 import numpy as np
 import pytest
@@ -80,3 +82,16 @@ def image_folder(tmp_path):
         return tmp_path / "pictures"
 
     return write
+
+
+def write_record(run, top1=50.0, **changes):
+    """The record of a finished run that never took place, with some entries changed."""
+    run.directory.mkdir(parents=True)
+    record = {"schema": 1, "status": "finished", "config": run.config.__dict__, "seed": run.seed}
+    record |= {"cost": {"params": 1, "flops": 2, "activations": 3}, "minival": {"top1": 40.0}, "micro_batch": 20}
+    record |= {"test": {"top1": top1, "top5": 90.0, "loss": 1.0}, "test_raw": {"top1": 45.0}}
+    counts = {"train": 9, "minival": 9, "test": 1000}
+    record |= {"dataset": {"title": "T", "classes": 10, "counts": counts}, "git": {"commit": "abc"}}
+    record |= {"seconds": 9.0, "images_per_second": 7.0, "peak_memory_bytes": 5, "device": {"name": "box"}}
+    record |= {"started": "2026-01-02T03:04:05+00:00", "ended": "2026-01-02T04:04:05+00:00"}
+    (run.directory / "run.json").write_text(json.dumps(record | changes))

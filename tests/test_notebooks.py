@@ -9,6 +9,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import write_record
 
 import effnet_study as study
 
@@ -91,6 +92,29 @@ def test_the_analysis_writes_tables_figures_verdict_and_a_page(executed):
     assert set(verdict["claims"].values()) == {"inconclusive"}  # one seed decides nothing
     page = (folder / "README.md").read_text()
     assert "pipeline check, not evidence" in page and f"{table['top1'][4]:.2f}" in page
+
+
+def test_the_analysis_decides_by_the_rule_from_three_seeds(profile_file, tmp_path):
+    """On made-up scores: compound ahead at the published coefficients, equal to width at equal FLOPs."""
+    top1 = {"baseline": 70, "depth": 74, "width": 74.5, "resolution": 73.5, "compound": 77}
+    top1 |= {"depth_matched": 74.5, "width_matched": 77, "resolution_matched": 74}
+    path, rng = profile_file(methods=list(top1), seeds=[0, 1, 2], purpose="exploratory"), np.random.default_rng(0)
+    for run in study.plan_runs(study.load_profile(path), tmp_path):
+        score = top1[run.method] + 0.05 * (run.seed - 1)
+        write_record(run, score, cost={"params": 1000, "flops": 2000 + int(score), "activations": 3000})
+        np.save(run.directory / "test_correct.npy", rng.random(1000) < score / 100)
+        row = {"epoch": 1, "train_loss": 2.0, "minival_top1": score}
+        (run.directory / "history.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"epoch": 2}) + "\n")
+    study.run_notebook("05_analysis", tmp_path / "05.ipynb", {"profile": str(path), "results": str(tmp_path)})
+    claims = json.loads((tmp_path / "tiny" / "tables" / "verdict.json").read_text())["claims"]
+    assert list(claims.values()) == ["reproduced", "not reproduced", "reproduced"]
+    table = pd.read_csv(tmp_path / "tiny" / "tables" / "table7.csv").set_index("method")
+    assert (table["n"] == 3).all() and table["top1"].to_dict() == pytest.approx(top1)
+    half = 4.302653 * 0.05 / 3**0.5
+    assert table["top1_low"]["compound"] == pytest.approx(77 - half, abs=1e-4)
+    contrasts = pd.read_csv(tmp_path / "tiny" / "tables" / "contrasts.csv").set_index("contrast")
+    assert contrasts["difference"]["compound - depth"] == pytest.approx(3)
+    assert "exploratory" in (tmp_path / "tiny" / "README.md").read_text()
 
 
 def test_the_architecture_notebook_finds_the_mismatch_of_table_7(executed):

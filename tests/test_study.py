@@ -1,11 +1,11 @@
 """Profiles, planned runs, records as tables, statistics, the command."""
 
-import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import write_record
 from scipy import stats
 
 import effnet_study as study
@@ -96,16 +96,6 @@ def test_the_initial_weights_follow_the_seed(profile_file):
     assert (weights[0] == weights[1]).all() and not (weights[0] == weights[2]).all()
 
 
-def write_record(run, top1=50.0, **changes):
-    run.directory.mkdir(parents=True)
-    record = {"schema": 1, "status": "finished", "config": run.config.__dict__, "seed": run.seed}
-    record |= {"cost": {"params": 1, "flops": 2, "activations": 3}, "minival": {"top1": 40.0}, "micro_batch": 20}
-    record |= {"test": {"top1": top1, "top5": 90.0, "loss": 1.0}, "test_raw": {"top1": 45.0}, "dataset": {"title": "T"}}
-    record |= {"seconds": 9.0, "images_per_second": 7.0, "peak_memory_bytes": 5, "device": {"name": "box"}}
-    record |= {"started": "2026-01-02T03:04:05+00:00", "ended": "2026-01-02T04:04:05+00:00", "git": {"commit": "abc"}}
-    (run.directory / "run.json").write_text(json.dumps(record | changes))
-
-
 def test_a_runs_state_is_told_from_what_it_left(profile_file, tmp_path):
     runs = study.plan_runs(study.load_profile(profile_file()), tmp_path)
     write_record(runs[0])
@@ -117,6 +107,16 @@ def test_a_runs_state_is_told_from_what_it_left(profile_file, tmp_path):
     assert [run.state() for run in runs] == ["finished", "failed", "stale", "interrupted", "missing"]
     with study.filelock.FileLock(runs[3].directory / ".lock"):
         assert study.plan_runs(runs[3].profile, tmp_path)[3].state() == "running"
+
+
+def test_a_run_is_stale_once_its_network_or_data_change(profile_file, tmp_path):
+    run = study.Run.plan(profile_file(), "baseline", 0, tmp_path)
+    write_record(run, **run.about)
+    assert run.state() == "finished"
+    other_data = {"name": "digits", "size": 16, "train_per_class": 5}
+    for changes in ({"stem_stride": 1}, {"data": other_data}, {"base_resolution": 17}):
+        assert study.Run.plan(profile_file(**changes), "baseline", 0, tmp_path).state() == "stale"
+    assert study.Run.plan(profile_file(title="Other words"), "baseline", 0, tmp_path).state() == "finished"
 
 
 def test_only_finished_runs_of_this_profile_have_scores(profile_file, tmp_path):

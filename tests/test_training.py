@@ -333,6 +333,15 @@ def test_a_missing_gpu_is_said(tmp_path, digits, tiny_model, recipe):
         train(tiny_model(), digits, recipe(), tmp_path, device="cuda")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_learns(tmp_path, tiny_model, recipe, precision):
+    """On the CPU, where it is slow but the same code; fp16 goes through the gradient scaler."""
+    digits = load_data("digits", size=16, train_per_class=40)
+    config = recipe(epochs=8, optimizer="sgd", lr=0.03, precision=precision, clip_norm=20.0, **EASY)
+    record = train(tiny_model(**config.model_options()), digits, config, tmp_path, device="cpu")
+    assert record["status"] == "finished" and record["test"]["top1"] > 60
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_the_same_model_trains_on_a_gpu(tmp_path, tiny_model, recipe, precision):
