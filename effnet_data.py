@@ -69,19 +69,24 @@ class ImageData:
         moved = {name: getattr(self, name).to(device) for name in ("images", "labels", "mean", "std")}
         return replace(self, **moved, indices={split: index.to(device) for split, index in self.indices.items()})
 
-    def train_batches(self, config, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def train_batches(
+        self, config, epoch: int, start: int = 0, shard: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented batches of one epoch from step `start` on: images (N, 3, R, R), labels (N,).
 
         Reads resolution, batch_size, seed, crop_area and flip of `config`. Order and augmentation depend on
         (seed, epoch, step) alone, whatever the device. The last, partial batch is left out: the order changes
-        from epoch to epoch, so all images get their turn.
+        from epoch to epoch, so all images get their turn. shard=(i, n) yields the ith of n equal parts of every batch.
         """
         order = torch.randperm(self.counts["train"], generator=_generator(config.seed, epoch))
         order = self.indices["train"][order.to(self.labels.device)]
+        share = config.batch_size // shard[1]
+        part = slice(shard[0] * share, (shard[0] + 1) * share)
         for step in range(start, len(order) // config.batch_size):
-            index = order[step * config.batch_size : (step + 1) * config.batch_size]
-            generator = _generator(config.seed, epoch, step)
-            images = augment(self.images[index], config.resolution, generator, config.crop_area, config.flip)
+            index = order[step * config.batch_size : (step + 1) * config.batch_size][part]
+            boxes = draw_boxes(config.batch_size, _generator(config.seed, epoch, step), config.crop_area, config.flip)
+            columns, rows = (edges[part] for edges in boxes)
+            images = _resample(self.images[index], columns, rows, config.resolution)
             yield self.normalise(images), self.labels[index]
 
     def eval_batches(self, split: str, resolution: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -361,20 +366,24 @@ def resize(images: Tensor, resolution: int) -> Tensor:
     """uint8 (N, H, W, 3) to float (N, 3, R, R) in [0, 255]: bilinear, antialiased where it shrinks."""
     if images.shape[1:3] == (resolution, resolution):
         return images.permute(0, 3, 1, 2).float()
-    whole = torch.tensor([[0.0, 1.0]], device=images.device)
+    whole = torch.tensor([[0.0, 1.0]])
     return _resample(images, whole, whole, resolution)
 
 
 def augment(
     images: Tensor, resolution: int, generator: torch.Generator, crop_area: float = 0.25, flip: bool = True
 ) -> Tensor:
-    """Random resized crop and horizontal flip, each sample its own: uint8 (N, H, W, 3) to float (N, 3, R, R).
+    """Random resized crop and horizontal flip, each sample its own: uint8 (N, H, W, 3) to float (N, 3, R, R)."""
+    return _resample(images, *draw_boxes(len(images), generator, crop_area, flip), resolution)
 
-    The crop covers a share of the image drawn from [crop_area, 1], with an aspect ratio from 3/4 to 4/3 (both as
-    torchvision's RandomResizedCrop); crop_area = 1 takes whole images. `generator` lives on the CPU, so that
-    the same draws are made for every device.
+
+def draw_boxes(n: int, generator: torch.Generator, crop_area: float, flip: bool) -> tuple[Tensor, Tensor]:
+    """The boxes of n random crops: left and right edges, upper and lower edges, (n, 2) each, in [0, 1].
+
+    A crop covers a share of the image drawn from [crop_area, 1], with an aspect ratio from 3/4 to 4/3 (both as
+    torchvision's RandomResizedCrop); crop_area = 1 takes whole images. Half of them have left and right exchanged
+    if `flip`. `generator` lives on the CPU, so that the same draws are made for every device.
     """
-    n = len(images)
     area, ratio, left, top, mirrored = torch.rand(5, n, generator=generator)
     if crop_area < 1:
         area = crop_area + (1 - crop_area) * area
@@ -383,10 +392,10 @@ def augment(
     else:
         width = height = torch.ones(n)
     x0, y0 = left * (1 - width), top * (1 - height)
-    columns, rows = torch.stack([x0, x0 + width], 1), torch.stack([y0, y0 + height], 1)  # (N, 2) each
+    columns, rows = torch.stack([x0, x0 + width], 1), torch.stack([y0, y0 + height], 1)
     if flip:
         columns = torch.where(mirrored[:, None] < 0.5, columns.flip(1), columns)
-    return _resample(images, columns.to(images.device), rows.to(images.device), resolution)
+    return columns, rows
 
 
 def _resample(images: Tensor, columns: Tensor, rows: Tensor, resolution: int) -> Tensor:
@@ -395,6 +404,7 @@ def _resample(images: Tensor, columns: Tensor, rows: Tensor, resolution: int) ->
     columns, rows: (N or 1, 2) edges in [0, 1]; a right edge before the left mirrors. One code for crop, resize and
     flip, per sample and antialiased: torch's own interpolate does one box for the whole batch, grid_sample aliases.
     """
+    columns, rows = columns.to(images.device, non_blocking=True), rows.to(images.device, non_blocking=True)
     x = images.permute(0, 3, 1, 2).float()  # (N, 3, H, W)
     down = _interpolation(rows, x.shape[2], resolution)  # (N or 1, R, H)
     across = _interpolation(columns, x.shape[3], resolution)  # (N or 1, R, W)

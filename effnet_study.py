@@ -10,11 +10,13 @@ import ast
 import dataclasses
 import json
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,22 +28,28 @@ import pandas as pd
 import torch
 import yaml
 from scipy import stats
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import record as elastic_record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from effnet_data import CLASS_COUNTS, ImageData, load_data
 from effnet_lib import (
+    SCHEMA_VERSION,
     TABLE7,
     VARIANTS,
+    Cost,
     EfficientNet,
     Scaling,
     TrainConfig,
-    full_config,
     match_flops,
     read_record,
+    recipe,
     replace_file,
     round_resolution,
     scaled_cost,
     train,
     unknown_name,
+    write_json,
 )
 
 ROOT = Path(__file__).resolve().parent
@@ -93,6 +101,7 @@ class Profile:
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     train: dict  # TrainConfig, without resolution and seed
+    devices: int | str = 1  # processes that share each batch of a run, or "auto": one for every GPU
 
     @property
     def stamp(self) -> str:
@@ -153,16 +162,19 @@ def load_profile(name: str | Path) -> Profile:
 
 def _checked_profile(name: str, values: object) -> Profile:
     kinds = {"title": str, "purpose": str, "data": dict, "base_resolution": int, "stem_stride": int}
-    kinds |= {"methods": list, "seeds": list, "train": dict}
+    kinds |= {"methods": list, "seeds": list, "train": dict, "devices": int | str}
     if not isinstance(values, dict):
         raise ValueError(f"expected keys and values, got {values!r}")
+    values = {"devices": 1, **values}
     for key in [*values, *kinds]:
         if key not in kinds:
             raise unknown_name("key", key, kinds)
         if key not in values:
             raise ValueError(f"{key} is missing")
         if not isinstance(values[key], kinds[key]) or isinstance(values[key], bool):
-            raise ValueError(f"{key}: expected {kinds[key].__name__}, got {values[key]!r}")
+            raise ValueError(f"{key}: expected {getattr(kinds[key], '__name__', kinds[key])}, got {values[key]!r}")
+    if values["devices"] != "auto" and not (isinstance(values["devices"], int) and values["devices"] >= 1):
+        raise ValueError(f"devices: expected auto, or a whole number of at least 1, got {values['devices']!r}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(f"its name {name!r} names a results folder: use letters, digits, '.', '_' and '-'")
     if values["purpose"] not in PURPOSES:
@@ -216,6 +228,12 @@ class Run:
     def config(self) -> TrainConfig:
         return self.profile.config(self.method, self.seed)
 
+    @cached_property
+    def cost(self) -> Cost:
+        """Parameters, FLOPs and activations at its resolution."""
+        profile = self.profile
+        return scaled_cost(self.scaling, profile.base_resolution, profile.num_classes, profile.stem_stride)
+
     @property
     def folder(self) -> Path:
         """The study's folder: runs/, notebooks/, tables/, figures/."""
@@ -249,19 +267,56 @@ class Run:
         return EfficientNet(self.scaling, num_classes, stem_stride=self.profile.stem_stride, **options)
 
     def train(self, data: ImageData, device: str | None = None) -> dict:
-        """Train (or continue, or find finished) and return the record. RuntimeError if the run did not finish."""
-        model = self.model(len(data.classes))
-        record = train(model, data, self.config, self.directory, about=self.about, device=device)
+        """Train (or continue, or find finished) and return the record. RuntimeError if the run did not finish.
+
+        If the profile asks for several devices, torch's elastic launcher starts a process for each, which load the data
+        again; under torchrun, which has started them already, this is one of them.
+        """
+        processes = self._processes(device)
+        if processes > 1 and not torch.distributed.is_torchelastic_launched() and read_record(self.directory) is None:
+            record = self._launch(processes, device)
+        else:
+            model = self.model(len(data.classes))
+            record = train(model, data, self.config, self.directory, about=self.about, device=device)
         if record["status"] != "finished":
             raise RuntimeError(f"{self.directory.name} {_ending(record)}; run again with: effnet study --retry")
         return record
+
+    def _processes(self, device: str | None) -> int:
+        """The profile's devices, counted. ValueError if this machine has fewer GPUs."""
+        wanted, gpus = self.profile.devices, 0 if device == "cpu" else torch.cuda.device_count()
+        if wanted == "auto":
+            return max(1, gpus)
+        if 0 < gpus < wanted:
+            raise ValueError(f"devices: profile {self.profile.name} asks for {wanted}, torch finds {gpus}; use auto")
+        return wanted
+
+    def _launch(self, processes: int, device: str | None) -> dict:
+        """Train in several processes. One that runs out of memory ends them all: then again with its smaller
+        micro-batch, from the last checkpoint."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        smaller, options = self.directory / "micro_batch", {"min_nodes": 1, "max_nodes": 1, "max_restarts": 0}
+        options |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": self.directory.name}
+        while True:
+            before = smaller.read_text() if smaller.exists() else None
+            try:
+                elastic_launch(LaunchConfig(nproc_per_node=processes, **options), _train_share)(self, device)
+                return read_record(self.directory)
+            except ChildFailedError as error:
+                if smaller.exists() and smaller.read_text() != before:
+                    continue
+                rank, failure = error.get_first_failure()
+                said = f"process {rank}: {failure.get_error_file_data()['message']['message']}"
+            record = {"schema": SCHEMA_VERSION, "status": "failed", **self.about, "seed": self.seed, "error": said}
+            write_json(self.directory / "run.json", record | {"config": dataclasses.asdict(self.config)})
+            return record
 
     def state(self) -> str:
         """finished, failed, diverged, stale (the profile has changed since), running, interrupted or missing."""
         record = read_record(self.directory)
         if record is not None:
             same = all(record.get(key, value) == value for key, value in self._setting.items())
-            same &= full_config(record) == dataclasses.asdict(self.config)
+            same &= recipe(record.get("config", {})) == recipe(dataclasses.asdict(self.config))
             return record["status"] if same else "stale"
         if not (self.directory / ".lock").exists():
             return "missing"
@@ -270,6 +325,12 @@ class Run:
                 return "interrupted" if (self.directory / "checkpoint.pt").exists() else "missing"
         except filelock.Timeout:
             return "running"
+
+
+@elastic_record
+def _train_share(run: Run, device: str | None) -> None:
+    """One of the processes that train a run together."""
+    run.train(load_data(**run.profile.data), device)
 
 
 def _ending(record: Mapping) -> str:
@@ -475,11 +536,19 @@ except Exception as error:
 """
 
 
-def run_notebook(notebook: str, output: Path, parameters: Mapping[str, object]) -> None:
+def run_notebook(
+    notebook: str,
+    output: Path,
+    parameters: Mapping[str, object],
+    threads: int | None = None,
+    running: set[subprocess.Popen] | None = None,
+) -> None:
     """Execute notebooks/NOTEBOOK.ipynb into `output`, which appears only if every cell succeeded.
 
-    What cells print comes out at once. Raises RuntimeError if a cell failed or the kernel died; what there is of
-    the notebook is then beside `output` as NAME.partial.ipynb. An interrupt stops the kernel before it goes on.
+    What cells print comes out at once. `threads`: CPU threads for torch, which otherwise takes all cores. Raises
+    RuntimeError if a cell failed or the kernel died; what there is of the notebook is then beside `output` as
+    NAME.partial.ipynb. An interrupt stops the kernel before it goes on; in a thread, which gets no interrupts, whoever
+    does may terminate the process that is in `running` meanwhile.
     """
     check_parameters(notebook, parameters)
     unfinished = output.with_suffix(".partial.ipynb")
@@ -487,13 +556,18 @@ def run_notebook(notebook: str, output: Path, parameters: Mapping[str, object]) 
     arguments = {"input_path": str(NOTEBOOKS / f"{notebook}.ipynb"), "output_path": str(unfinished)}
     arguments |= {"parameters": dict(parameters), "kernel_name": "python3", "language": "python", "cwd": str(ROOT)}
     arguments |= {"progress_bar": False, "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}
-    process = subprocess.Popen([sys.executable, "-c", _EXECUTE, json.dumps(arguments)], cwd=ROOT)
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    process = subprocess.Popen([sys.executable, "-c", _EXECUTE, json.dumps(arguments)], cwd=ROOT, env=environment)
+    running = set() if running is None else running
+    running.add(process)
     try:
         status = process.wait()
     except BaseException:
         process.terminate()
         process.wait()
         raise
+    finally:
+        running.discard(process)
     if status != 0:
         raise RuntimeError(f"{notebook} failed; see {unfinished}")
     executed = nbformat.read(unfinished, as_version=4)
@@ -515,9 +589,12 @@ def study(
     device: str | None = None,
     retry: bool = False,
     analysis: bool = False,
+    jobs: int | None = None,
+    threads: int | None = None,
 ) -> int:
     """Execute a profile's notebooks, those of finished runs excepted. Returns 0 if all runs are finished, else 1.
 
+    jobs, threads: notebooks at a time and CPU threads of each; see `_shares` for the defaults.
     retry: run failed and diverged runs again (their records are kept as run.earlier.json).
     analysis: execute 00 and 05 even if no run was trained.
     """
@@ -534,28 +611,76 @@ def study(
             (run.directory / "checkpoint.pt").unlink(missing_ok=True)
         if run.state() != "finished" and (retry or not ended_badly):
             todo.append(run)
+    jobs, threads = _shares(len(todo), profile, device, jobs, threads)
     print(f"{profile.title}: {len(runs)} runs, {len(todo)} to do ({profile.stamp})", flush=True)
-    for number, run in enumerate(todo, 1):
-        print(f"[{number}/{len(todo)}] {run.method}, seed {run.seed}, {run.config.resolution} px", flush=True)
+    if jobs > 1:
+        print(f"{jobs} at a time, {threads} CPU thread{'s' if threads > 1 else ''} each", flush=True)
+    executions = []
+    for number, run in enumerate(_longest_first(todo), 1):
+        about = f"[{number}/{len(todo)}] {run.method}, seed {run.seed}, {run.config.resolution} px"
         parameters = {"profile": name, "method": run.method, "seed": run.seed, "device": device, **place}
-        _attempt(TRAINED_BY[run.method], run.executed, parameters)
+        executions.append((about, TRAINED_BY[run.method], run.executed, parameters))
+    _execute(executions, jobs, threads)
     finished = [run for run in runs if run.state() == "finished"]
     analysed = True
     if finished and (todo or analysis or not (folder / "tables" / "table7.csv").exists()):
-        for notebook in ("00_architecture", "05_analysis"):
-            print(f"{notebook}: executing", flush=True)
-            output = folder / "notebooks" / f"{notebook}.ipynb"
-            analysed &= _attempt(notebook, output, {"profile": name, **place})
+        executions = [
+            (f"{notebook}: executing", notebook, folder / "notebooks" / f"{notebook}.ipynb", {"profile": name, **place})
+            for notebook in ("00_architecture", "05_analysis")
+        ]
+        analysed = _execute(executions, *_shares(len(executions), profile, "cpu"))
     print_status(profile, results)
     if not todo:
         print(_provenance(profile, results, name))
     return 0 if len(finished) == len(runs) and analysed else 1
 
 
-def _attempt(notebook: str, output: Path, parameters: Mapping[str, object]) -> bool:
+def _shares(
+    count: int, profile: Profile, device: str | None, jobs: int | None = None, threads: int | None = None
+) -> tuple[int, int | None]:
+    """How many of `count` notebooks to execute at a time, and with how many CPU threads each (None: torch's choice).
+
+    One at a time on a GPU. On a CPU, where one thread in each of two processes does more than two threads in one, as
+    many as there are cores, if each has 4 GiB of memory; all of them together get the cores that there are.
+    """
+    for name, value in {"jobs": jobs, "threads": threads}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {value}")
+    on_cpu, cores = device == "cpu" or not torch.cuda.is_available(), torch.get_num_threads()
+    processes = 1 if profile.devices == "auto" else profile.devices
+    if jobs is None:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**32
+        jobs = max(1, min(cores // processes, count, memory)) if on_cpu else 1
+    if threads is None and on_cpu:
+        threads = max(1, cores // (jobs * processes))
+    return jobs, threads
+
+
+def _longest_first(runs: Iterable[Run]) -> list[Run]:
+    """Seed by seed as they come, each seed's costliest run first, so that the last to end is a short one."""
+    order = {run.seed: i for i, run in reversed(list(enumerate(runs)))}
+    return sorted(runs, key=lambda run: (order[run.seed], -run.cost.activations))
+
+
+def _execute(executions: Sequence[tuple[str, str, Path, Mapping]], jobs: int, threads: int | None) -> bool:
+    """Execute notebooks (what to print, notebook, output, parameters), `jobs` at a time. False if one failed."""
+    running: set[subprocess.Popen] = set()
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(_attempt, *execution, threads, running) for execution in executions]
+        try:
+            return all([future.result() for future in futures])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()
+            raise
+
+
+def _attempt(about: str, notebook: str, output: Path, parameters: Mapping, threads: int | None, running: set) -> bool:
     """Execute a notebook; if that fails it is told, and the study goes on."""
+    print(about, flush=True)
     try:
-        run_notebook(notebook, output, parameters)
+        run_notebook(notebook, output, parameters, threads, running)
         return True
     except RuntimeError as error:
         print(f"effnet: {error}", file=sys.stderr, flush=True)
@@ -635,6 +760,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     sub.add_argument("--retry", action="store_true", help="run failed and diverged runs again")
     sub.add_argument("--analysis", action="store_true", help="execute the analysis even if nothing was trained")
+    sub.add_argument("--jobs", type=int, help="notebooks at a time (default: on a CPU one per core, on a GPU one)")
+    sub.add_argument("--threads", type=int, help="CPU threads of each (default: the cores, shared)")
     command("status", "list a profile's runs: finished, failed, diverged, stale, running, interrupted, missing")
     sub = command("train", "train one method and seed of a profile, without a notebook")
     sub.add_argument("method", choices=TRAINED_BY)
@@ -655,8 +782,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if args.command == "study":
-            options = {name: getattr(args, name) for name in ("methods", "seeds", "device", "retry", "analysis")}
-            return study(args.profile, args.results, **options)
+            names = ("methods", "seeds", "device", "retry", "analysis", "jobs", "threads")
+            return study(args.profile, args.results, **{name: getattr(args, name) for name in names})
         if args.command == "status":
             print_status(load_profile(args.profile), args.results)
         elif args.command == "train":

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-import effnet_lib
 from effnet_data import load_data
 from effnet_lib import (
     RMSpropTF,
     TrainConfig,
+    Trainer,
     evaluate,
     learning_rate,
     load_trained,
@@ -312,12 +312,11 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(tmp_path, digi
 def test_accumulation_gives_the_whole_batchs_gradient(tiny_model, recipe):
     """In evaluation mode, where batch norm does not depend on the micro-batch."""
     x, y = torch.randn(24, 3, 16, 16), torch.arange(24) % 10
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     gradients = []
-    for micro_batch in (24, 7):
-        model = tiny_model().eval()
-        loss = effnet_lib._backward(model, x, y, recipe(), scaler, {"micro_batch": micro_batch}, seed=0)
-        gradients.append([loss, *(p.grad for p in model.parameters())])
+    for accumulation in (1, 4):
+        trainer = Trainer(tiny_model(), recipe(accumulation=accumulation), torch.device("cpu"))
+        trainer.model.eval()
+        gradients.append([trainer.backward(x, y), *(p.grad for p in trainer.model.parameters())])
     for whole, parts in zip(*gradients, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
