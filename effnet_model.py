@@ -181,16 +181,16 @@ def _by_hand(x: Tensor) -> bool:
 class Conv2d(nn.Conv2d):
     """nn.Conv2d whose same sums take less time on a CPU where maps are small, as they are at 32 and 64 px.
 
-    Of at most 16 px, a map's 1x1 convolution is one matrix product over its channels-last memory, and a depthwise
-    kernel's weight gradient is summed tap by tap (oneDNN pads each channel to 16 there). Depthwise taps that only ever
-    meet padding are left out. Measured one by one in 06_throughput.
+    A 1x1 convolution of maps of at most 2x2 is one matrix product over their channels-last memory. Depthwise taps that
+    only ever meet padding are left out. A depthwise weight gradient is summed tap by tap where oneDNN has no kernel
+    for it and pads each channel to 16: 5x5, and on maps of at most 2x2. 06_throughput measures what this brings.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C_in, H, W)
         plain = self.bias is None and self.dilation == (1, 1) and self.padding_mode == "zeros"
         depthwise = plain and self.groups == self.in_channels == self.out_channels > 1
         pointwise = (self.kernel_size, self.stride, self.padding, self.groups) == ((1, 1), (1, 1), (0, 0), 1)
-        if not _by_hand(x) or not (depthwise or (pointwise and x.shape[2] * x.shape[3] <= 16)):
+        if not _by_hand(x) or not (depthwise or (pointwise and x.shape[2] * x.shape[3] <= 4)):
             return super().forward(x)
         if pointwise:
             y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)  # (N, H, W, C_out)
@@ -204,7 +204,8 @@ class Conv2d(nn.Conv2d):
             padding.append(p - first)
         if weight[0].numel() == x[0, 0].numel() == 1:
             return x * weight.view(1, -1, 1, 1)
-        if out[0] * out[1] <= 16 and torch.is_grad_enabled():
+        slow = self.kernel_size == (5, 5) or x.shape[2] * x.shape[3] <= 4
+        if slow and out[0] * out[1] <= 16 and torch.is_grad_enabled():
             return _SmallDepthwise.apply(x, weight, self.stride, padding)
         return F.conv2d(x, weight, None, self.stride, padding, groups=self.groups)
 
@@ -283,10 +284,9 @@ class _Gate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, mean, before, hidden, gate, w1, w2 = ctx.saved_tensors
-        d_gate = (dy * x).sum((2, 3)) * gate * (1 - gate)  # before the sigmoid
-        s = torch.sigmoid(before)
-        d_before = (d_gate @ w2) * s * (1 + before * (1 - s))
-        d_mean = (d_before @ w1) / x[0, 0].numel()
+        d_gate = torch.ops.aten.sigmoid_backward((dy * x).sum((2, 3)), gate)  # by what the sigmoid is taken of
+        d_before = torch.ops.aten.silu_backward(d_gate @ w2, before)
+        d_mean = (d_before @ w1).div_(x[0, 0].numel())
         dx = torch.addcmul(d_mean[:, :, None, None], dy, gate[:, :, None, None])
         return dx, d_before.T @ mean, d_before.sum(0), d_gate.T @ hidden, d_gate.sum(0)
 

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -41,6 +42,8 @@ from effnet_lib import (
     EfficientNet,
     Scaling,
     TrainConfig,
+    device_name,
+    estimate_seconds,
     match_flops,
     read_record,
     recipe,
@@ -721,6 +724,79 @@ def _provenance(profile: Profile, results: str | Path | None, name: str) -> str:
     )
 
 
+def plan(
+    name: str | Path,
+    results: str | Path | None = None,
+    *,
+    device: str | None = None,
+    jobs: int | None = None,
+    threads: int | None = None,
+    seconds: float = 60,
+) -> pd.DataFrame:
+    """The profile's runs that are still to do, a row each, with their cost and the time they will take here.
+
+    flops and activations are those of one image's forward pass. `seconds` is what to spend on the estimate: every
+    method takes a few steps of its own training on this device, of which the run's time (column seconds) is
+    extrapolated, scoring included, starting notebooks and reading images not.
+    """
+    profile = load_profile(name)
+    runs = [run for run in plan_runs(profile, results) if run.state() not in ("finished", "failed", "diverged")]
+    if runs:
+        data = load_data(**profile.data, download=False)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _, threads = _shares(len(runs), profile, device.type, jobs, threads)
+    cores = torch.get_num_threads()
+    torch.set_num_threads(threads or cores)
+    times: dict[str, float] = {}
+    try:
+        for method in dict.fromkeys(run.method for run in runs):
+            run = next(run for run in runs if run.method == method)
+            print(f"measuring {method} at {run.config.resolution} px", flush=True)
+            model, budget = run.model(len(data.classes)), seconds / len({run.method for run in runs})
+            times[method] = estimate_seconds(model, data, run.config, device, budget)
+    finally:
+        torch.set_num_threads(cores)
+    rows = [
+        {"method": run.method, "seed": run.seed, "status": run.state(), "px": run.config.resolution}
+        | {"flops": run.cost.flops, "activations": run.cost.activations, "seconds": times[run.method]}
+        for run in runs
+    ]
+    return pd.DataFrame(rows)
+
+
+def print_plan(table: pd.DataFrame, jobs: int) -> None:
+    """`plan` for people, with the total."""
+    if table.empty:
+        print("Nothing is to do: all runs have ended.")
+        return
+    shown = table.assign(
+        flops=(table["flops"] / 1e9).map("{:.4f}".format),
+        activations=(table["activations"] / 1e6).map("{:.3f}".format),
+        seconds=[str(timedelta(seconds=round(s))) for s in table["seconds"]],
+    ).rename(columns={"flops": "FLOPs (B)", "activations": "activations (M)", "seconds": "time"})
+    print(shown.to_string(index=False))
+    total = table["seconds"].sum()
+    print(f"{len(table)} runs, {timedelta(seconds=round(total))} one after the other", end="")
+    print(f", about {timedelta(seconds=round(total / jobs))} at {jobs} at a time" if jobs > 1 else "", flush=True)
+
+
+def bench(results: str | Path | None = None, *, device: str | None = None, rounds: int = 15) -> None:
+    """Execute 06_throughput on this device and print its tables, which lie in RESULTS/throughput/DEVICE/."""
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = throughput_folder(kind, results)
+    parameters = {"device": kind.type, "rounds": rounds}
+    place = {} if results is None else {"results": str(Path(results).absolute())}
+    run_notebook("06_throughput", folder / "06_throughput.ipynb", {**parameters, **place})
+    for name in ("peers", "methods"):
+        print(f"\n{pd.read_csv(folder / f'{name}.csv').to_string(index=False, na_rep='-')}", flush=True)
+
+
+def throughput_folder(device: torch.device, results: str | Path | None = None) -> Path:
+    """Where measurements of this device go."""
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return Path(results or RESULTS).absolute() / "throughput" / name
+
+
 def _cost_table(names: Sequence[str], resolution: int | None, num_classes: int, stem_stride: int) -> str:
     rows = []
     for name in names:
@@ -763,6 +839,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub.add_argument("--jobs", type=int, help="notebooks at a time (default: on a CPU one per core, on a GPU one)")
     sub.add_argument("--threads", type=int, help="CPU threads of each (default: the cores, shared)")
     command("status", "list a profile's runs: finished, failed, diverged, stale, running, interrupted, missing")
+    sub = command("plan", "list the runs that are to do, with their cost and the time they will take on this device")
+    sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    sub.add_argument("--jobs", type=int, help="notebooks at a time (default: as effnet study)")
+    sub.add_argument("--threads", type=int, help="CPU threads of each (default: as effnet study)")
+    sub.add_argument("--seconds", type=float, default=60, help="time to spend on measuring (default: 60)")
+    sub = command("bench", "time training steps of ours and of others' B0 side by side on this device", profile=False)
+    sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    sub.add_argument("--rounds", type=int, default=15, help="rounds of measurements (default: 15)")
+    sub.add_argument("--results", metavar="DIR", help="where results go, instead of results/")
     sub = command("train", "train one method and seed of a profile, without a notebook")
     sub.add_argument("method", choices=TRAINED_BY)
     sub.add_argument("--seed", type=int, default=0)
@@ -786,10 +871,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return study(args.profile, args.results, **{name: getattr(args, name) for name in names})
         if args.command == "status":
             print_status(load_profile(args.profile), args.results)
+        elif args.command == "plan":
+            chosen = {name: getattr(args, name) for name in ("device", "jobs", "threads")}
+            table = plan(args.profile, args.results, seconds=args.seconds, **chosen)
+            print_plan(table, _shares(len(table), load_profile(args.profile), **chosen)[0])
+        elif args.command == "bench":
+            bench(args.results, device=args.device, rounds=args.rounds)
         elif args.command == "train":
             run = Run.plan(args.profile, args.method, args.seed, args.results)
             run.train(load_data(**run.profile.data), args.device)
-            print(f"written to {run.directory}")
+            if os.environ.get("RANK", "0") == "0":  # the first process under torchrun
+                print(f"written to {run.directory}")
         elif args.command == "cost":
             print(_cost_table(args.networks, args.resolution, args.classes, args.stem_stride))
         else:

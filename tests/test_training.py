@@ -3,6 +3,9 @@
 import copy
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import threading
 
 import filelock
@@ -13,14 +16,18 @@ from torch import nn
 
 from effnet_data import load_data
 from effnet_lib import (
+    TABLE7,
+    EfficientNet,
     RMSpropTF,
     TrainConfig,
     Trainer,
+    ema_pairs,
     evaluate,
     learning_rate,
     load_trained,
     make_optimizer,
     read_record,
+    round_resolution,
     step_seed,
     train,
     update_ema,
@@ -121,11 +128,12 @@ def test_the_moving_average_follows_weights_and_statistics(tiny_model, recipe):
         model.stem.norm.running_var.add_(1)
         model.stem.norm.num_batches_tracked.add_(7)
     start = ema.classifier.weight.clone()
-    update_ema(ema, model, config, n=10_000)
+    pairs = ema_pairs(ema, model)
+    update_ema(pairs, config, n=10_000)
     torch.testing.assert_close(ema.classifier.weight, start + 0.1)
     torch.testing.assert_close(ema.stem.norm.running_var, torch.full_like(ema.stem.norm.running_var, 1.1))
     assert ema.stem.norm.num_batches_tracked == 7
-    update_ema(ema, model, config, n=0)  # warm-up: at first it nearly copies
+    update_ema(pairs, config, n=0)  # warm-up: at first it nearly copies
     torch.testing.assert_close(ema.classifier.weight, start + 1 - 0.9 * 0.1)
 
 
@@ -307,6 +315,122 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(tmp_path, digi
     record = train(Limited(), digits, recipe(), tmp_path)
     assert record["status"] == "finished" and record["micro_batch"] == 6 and record["config"]["batch_size"] == 24
     assert "out of memory" in capsys.readouterr().out
+
+
+def run_python(*words, status=0):
+    """What a process of its own prints. It has one thread: with more, sums are taken in another order."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_real_limit_of_memory_halves_the_micro_batch(tmp_path):
+    program = tmp_path / "limited.py"
+    program.write_text("""
+import re, resource
+from pathlib import Path
+import torch
+from effnet_lib import EfficientNet, TrainConfig, Trainer
+
+torch.set_num_threads(1)
+trainer = Trainer(EfficientNet(num_classes=10), TrainConfig(64, batch_size=128), torch.device("cpu"))
+x, y = torch.randn(128, 3, 64, 64), torch.arange(128) % 10
+trainer.step(x[:4], y[:4], 0, 0, 10)  # what torch takes once
+size = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+resource.setrlimit(resource.RLIMIT_AS, (size + 700 * 2**20, resource.RLIM_INFINITY))
+print(trainer.step(x, y, 0, 1, 10).isfinite().item(), trainer.micro_batch)
+""")
+    *said, last = run_python(program).splitlines()
+    finite, micro_batch = last.split()
+    assert finite == "True" and 1 <= int(micro_batch) <= 64
+    assert said[0] == "out of memory: going on with micro-batches of 64"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", TABLE7)
+def test_every_row_of_table_7_trains_within_24_gb_of_a_gpu(method):
+    total, limit = torch.cuda.get_device_properties(0).total_memory, 24e9
+    if total < limit:
+        pytest.skip("a GPU of less than 24 GB")
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        px = round_resolution(TABLE7[method].resolution)
+        trainer = Trainer(EfficientNet(TABLE7[method]), TrainConfig(px, batch_size=256), torch.device("cuda"))
+        images, labels = torch.randn(256, 3, px, px, device="cuda"), torch.arange(256, device="cuda")
+        assert trainer.step(images, labels, 0, 0, 10).isfinite()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_scoring_out_of_memory_starts_again_with_half_the_batch(digits, tiny_model):
+    class Limited(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_model()
+
+        def forward(self, x):
+            if len(x) > 50:
+                raise torch.OutOfMemoryError("simulated")
+            return self.inner(x)
+
+    limited = Limited()
+    whole = evaluate(limited.inner, digits, "test", 16)
+    assert evaluate(limited, digits, "test", 16)["loss"] == pytest.approx(whole["loss"])
+
+
+SHARED = """
+import sys
+import torch
+from effnet_data import load_data
+from effnet_lib import EfficientNet, Scaling, TrainConfig, train
+
+class Limited(torch.nn.Module):
+    # The second process alone has no room for more than so many images at a time, once it has taken ten steps
+    def __init__(self, inner, limit):
+        super().__init__()
+        self.inner, self.limit, self.calls = inner, limit, 0
+
+    def forward(self, x):
+        self.calls += x.device.type == "cpu" and self.training
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        if self.training and self.calls > 10 and rank == 1 and len(x) > self.limit:
+            raise torch.OutOfMemoryError("simulated")
+        return self.inner(x)
+
+torch.manual_seed(0)
+config = TrainConfig(16, epochs=4, batch_size=24, accumulation=2, optimizer="sgd", lr=0.02)
+inner = EfficientNet(Scaling(depth=0.3, width=0.25), 10, stem_stride=1, **config.model_options())
+model = Limited(inner, int(sys.argv[2]))
+train(model, load_data("digits", size=16, train_per_class=12), config, sys.argv[1], device="cpu")
+"""
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def test_processes_that_share_a_run_follow_a_single_one(tmp_path):
+    """Same data order, same draws, same loss; batch norm sees what it sees with two micro-batches in one process."""
+    (tmp_path / "share.py").write_text(SHARED)
+    run_python(tmp_path / "share.py", tmp_path / "one", 99)
+    run_python(*TORCHRUN, tmp_path / "share.py", tmp_path / "two", 99)
+    one, two = (untimed(tmp_path / name) for name in ("one", "two"))
+    assert [row["train_loss"] for row in two] == pytest.approx([row["train_loss"] for row in one], abs=1e-4)
+    record = read_record(tmp_path / "two")
+    assert record["status"] == "finished" and record["devices"] == 2 and record["micro_batch"] == 12
+    assert read_record(tmp_path / "one")["devices"] == 1
+
+
+def test_one_of_several_processes_out_of_memory_makes_the_next_start_go_on_with_less(tmp_path):
+    (tmp_path / "share.py").write_text(SHARED)
+    command = (*TORCHRUN, tmp_path / "share.py", tmp_path / "run", 6)
+    assert "going on with micro-batches of 6" in run_python(*command, status=1)
+    assert read_record(tmp_path / "run") is None  # not failed: it can go on
+    assert "continues after epoch 2" in run_python(*command)
+    record = read_record(tmp_path / "run")
+    assert record["status"] == "finished" and record["micro_batch"] == 6 and record["config"]["batch_size"] == 24
+    assert len(untimed(tmp_path / "run")) == 4 and not (tmp_path / "run" / "micro_batch").exists()
 
 
 def test_accumulation_gives_the_whole_batchs_gradient(tiny_model, recipe):
