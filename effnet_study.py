@@ -309,8 +309,9 @@ class Run:
                 if smaller.exists() and smaller.read_text() != before:
                     continue
                 rank, failure = error.get_first_failure()
-                said = f"process {rank}: {failure.get_error_file_data()['message']['message']}"
-            record = {"schema": SCHEMA_VERSION, "status": "failed", **self.about, "seed": self.seed, "error": said}
+                said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+            record = {"schema": SCHEMA_VERSION, "status": "failed", **self.about, "seed": self.seed}
+            record["error"] = f"process {rank} of {processes}: {said}"
             write_json(self.directory / "run.json", record | {"config": dataclasses.asdict(self.config)})
             return record
 
@@ -619,7 +620,7 @@ def study(
     if jobs > 1:
         print(f"{jobs} at a time, {threads} CPU thread{'s' if threads > 1 else ''} each", flush=True)
     executions = []
-    for number, run in enumerate(_longest_first(todo), 1):
+    for number, run in enumerate(_longest_first(todo) if jobs > 1 else todo, 1):
         about = f"[{number}/{len(todo)}] {run.method}, seed {run.seed}, {run.config.resolution} px"
         parameters = {"profile": name, "method": run.method, "seed": run.seed, "device": device, **place}
         executions.append((about, TRAINED_BY[run.method], run.executed, parameters))

@@ -86,7 +86,7 @@ def image_folder(tmp_path):
 
 def write_record(run, top1=50.0, **changes):
     """The record of a finished run that never took place, with some entries changed."""
-    run.directory.mkdir(parents=True)
+    run.directory.mkdir(parents=True, exist_ok=True)
     record = {"schema": 1, "status": "finished", "config": run.config.__dict__, "seed": run.seed}
     record |= {"cost": {"params": 1, "flops": 2, "activations": 3}, "minival": {"top1": 40.0}, "micro_batch": 20}
     record |= {"test": {"top1": top1, "top5": 90.0, "loss": 1.0}, "test_raw": {"top1": 45.0}}

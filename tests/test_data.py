@@ -308,3 +308,12 @@ def test_an_incomplete_tiny_imagenet_is_refused(small_tiny_imagenet, tmp_path):
     (small_tiny_imagenet / "val" / "val_annotations.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"val_annotations\.txt is missing"):
         load_data("tiny-imagenet", tmp_path, download=False)
+
+
+def test_shards_are_the_parts_of_the_whole_batch(recipe):
+    data, config = load_data("digits", size=16, train_per_class=12), recipe(crop_area=0.3)
+    for whole, *parts in zip(
+        data.train_batches(config, 3), *(data.train_batches(config, 3, shard=(i, 3)) for i in range(3)), strict=True
+    ):
+        for i in range(2):
+            assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))

@@ -12,6 +12,7 @@ import pytest
 from conftest import write_record
 
 import effnet_study as study
+from effnet_lib import TABLE7, Contender, measure, scaled_cost
 
 SOURCES = sorted(study.NOTEBOOKS.glob("*.ipynb"))
 
@@ -70,7 +71,8 @@ def test_the_study_prints_a_line_per_epoch_and_a_closing_table(executed):
     done, _, _ = executed
     lines = [line for line in done.stdout.splitlines() if "  epoch " in line]
     assert len(lines) == 5 * 2
-    assert all(word in lines[0] for word in ("baseline", "seed 0", "1/2", "loss", "top-1", "images/s", "left"))
+    (first,) = [line for line in lines if line.startswith("baseline") and "1/2" in line]
+    assert all(word in first for word in ("seed 0", "loss", "top-1", "images/s", "left"))
     assert done.stdout.count("finished") >= 5 and "pipeline check, not evidence" in done.stdout
 
 
@@ -204,3 +206,61 @@ def test_papermill_itself_fails_on_a_wrong_parameter(words, message, tmp_path):
     command = [sys.executable, "-m", "papermill", str(source), str(tmp_path / "out.ipynb"), "-k", "python3", *words]
     done = subprocess.run(command, cwd=study.NOTEBOOKS, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and message in done.stderr
+
+
+def test_a_run_on_several_devices_goes_through_its_notebook(profile_file, tmp_path):
+    """Two processes on this CPU follow one process with two micro-batches, step by step."""
+    train = {"epochs": 2, "batch_size": 24, "accumulation": 2, "optimizer": "sgd", "lr": 0.02, "norm_momentum": 0.1}
+    common = {"methods": ["baseline"], "data": {"name": "digits", "size": 16, "train_per_class": 8}, "train": train}
+    losses = []
+    for devices in (1, 2):
+        path = profile_file(f"on_{devices}", devices=devices, **common)
+        run = study.Run.plan(path, "baseline", 0, tmp_path)
+        parameters = {"profile": str(path), "results": str(tmp_path), "device": "cpu"}
+        study.run_notebook("01_baseline_b0", run.executed, parameters, threads=1)
+        assert run.executed.read_text().count("minival top-1") == 2  # a line per epoch: one process speaks
+        record = study.read_record(run.directory)
+        assert record["devices"] == devices and record["micro_batch"] == 12
+        losses.append(study.load_history(run.directory)["train_loss"].tolist())
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def benched(tmp_path_factory):
+    """06_throughput, as small as it can be: its folder."""
+    place = tmp_path_factory.mktemp("bench")
+    parameters = {"device": "cpu", "rounds": 1, "batch_size": 4, "resolutions": [32], "results": str(place)}
+    study.run_notebook("06_throughput", place / "06_throughput.ipynb", parameters)
+    return study.throughput_folder(study.torch.device("cpu"), place)
+
+
+def test_the_benchmark_times_ours_and_others(benched):
+    peers = pd.read_csv(benched / "peers.csv").set_index("network")
+    assert {"ours", "torchvision, default layout, as it comes", "timm, channels-last, as it comes"} <= set(peers.index)
+    assert (peers["images_per_second"] > 0).all() and peers["ours_is_faster"]["ours"] == 1
+    assert (peers["first_step_seconds"] > 0).all() and (peers["peak_memory_GiB"] > 0.1).all()
+    methods = pd.read_csv(benched / "methods.csv").set_index("network")
+    assert list(methods.index) == [*TABLE7, "torchvision's B0", "timm's B0"]
+    assert methods["activations"]["baseline"] == scaled_cost(TABLE7["baseline"], 32).activations
+    assert (methods[["forward_ms", "data_ms"]].loc[list(TABLE7)] > 0).all().all()
+    for figure in ("peers", "split", "predictors"):
+        assert (benched / "figures" / f"{figure}.svg").stat().st_size > 5000
+
+
+def test_every_row_of_table_7_is_counted_to_fit_24_gb(benched):
+    memory = pd.read_csv(benched / "memory.csv")
+    assert memory["network"].tolist() == list(TABLE7)
+    assert (memory["GB_then"] < 24).all() and (memory["GB_checkpointing"] < 24).all()
+
+
+def test_the_benchmark_says_whether_a_gpu_was_there(benched):
+    said = (benched.parents[1] / "06_throughput.ipynb").read_text()
+    assert "No GPU has measured any of this yet" in said
+    assert json.loads((benched / "device.json").read_text())["device"]["type"] == "cpu"
+
+
+def test_a_contender_that_fails_is_named():
+    with pytest.raises(ValueError, match="unknown source 'tim'.*Did you mean 'timm'"):
+        Contender("tim")
+    with pytest.raises(RuntimeError, match="benchmark of wrong: .*batch_size"):
+        measure({"wrong": Contender(resolution=32, batch_size=1)}, "cpu", rounds=1)

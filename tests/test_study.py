@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from conftest import write_record
 from scipy import stats
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import effnet_study as study
 from effnet_lib import TABLE7
@@ -128,6 +129,98 @@ def test_only_finished_runs_of_this_profile_have_scores(profile_file, tmp_path):
     assert table["method"].tolist() == [run.method for run in runs]
     assert table["status"].tolist() == ["finished", "stale", "missing", "missing", "missing"]
     assert table["top1"].tolist()[0] == 61.5 and table["top1"][1:].isna().all()
+
+
+# ---- devices, and notebooks side by side
+
+
+@pytest.mark.parametrize("devices", [0, "all", 1.5, True])
+def test_impossible_devices_are_refused(profile_file, devices):
+    with pytest.raises(ValueError, match="tiny.yaml: devices: expected"):
+        study.load_profile(profile_file(devices=devices))
+
+
+def test_devices_are_counted_or_asked_for(profile_file, monkeypatch):
+    monkeypatch.setattr(study.torch.cuda, "device_count", lambda: 2)
+    run = study.Run.plan(profile_file(devices="auto"), "baseline", 0)
+    assert run._processes(None) == 2 and run._processes("cpu") == 1
+    with pytest.raises(ValueError, match="devices: profile tiny asks for 3, torch finds 2; use auto"):
+        study.Run.plan(profile_file(devices=3), "baseline", 0)._processes("cuda")
+
+
+def test_an_error_in_one_of_several_processes_is_the_runs(profile_file, tmp_path):
+    train = {"epochs": 1, "batch_size": 21, "optimizer": "sgd", "lr": 0.05}
+    run = study.Run.plan(profile_file(devices=2, train=train), "baseline", 0, tmp_path)
+    with pytest.raises(
+        RuntimeError, match=r"failed \(process \d of 2: ValueError: batch_size: expected a multiple of the 2"
+    ):
+        run.train(study.load_data(**run.profile.data), "cpu")
+    assert run.state() == "failed"
+
+
+def test_processes_out_of_memory_are_started_again(profile_file, tmp_path, monkeypatch):
+    run, starts = study.Run.plan(profile_file(devices=2), "baseline", 0, tmp_path), []
+
+    def launch(config, share):
+        def start(*arguments):
+            starts.append(config.nproc_per_node)
+            if len(starts) == 3:
+                return write_record(run)
+            run.directory.mkdir(parents=True, exist_ok=True)
+            (run.directory / "micro_batch").write_text(str(10 // len(starts)))
+            failure = ProcessFailure(0, 1, 1, "none")
+            raise ChildFailedError("share", {0: failure})
+
+        return start
+
+    monkeypatch.setattr(study, "elastic_launch", launch)
+    assert run.train(None, "cpu")["status"] == "finished" and starts == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "cores, count, devices, words, expected",
+    [
+        (8, 5, 1, {}, (5, 1)),
+        (8, 2, 1, {}, (2, 4)),
+        (2, 40, 1, {}, (2, 1)),
+        (8, 40, 1, {"jobs": 2}, (2, 4)),
+        (8, 40, 1, {"jobs": 2, "threads": 3}, (2, 3)),
+        (8, 5, 4, {}, (2, 1)),
+        (1, 5, 2, {}, (1, 1)),
+    ],
+)
+def test_notebooks_side_by_side_share_the_cores(profile_file, monkeypatch, cores, count, devices, words, expected):
+    monkeypatch.setattr(study.torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(study.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**26}[name])
+    profile = study.load_profile(profile_file(devices=devices))
+    assert study._shares(count, profile, "cpu", **words) == expected
+    monkeypatch.setattr(study.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}[name])
+    assert study._shares(count, profile, "cpu")[0] == 1  # 4 GiB in all
+    monkeypatch.setattr(study.torch.cuda, "is_available", lambda: True)
+    assert study._shares(count, profile, None)[0] == 1  # one GPU
+
+
+def test_each_seeds_longest_run_starts_first(profile_file):
+    runs = study.plan_runs(study.load_profile(profile_file(seeds=[1, 0])))
+    ordered = study._longest_first(runs)
+    assert [run.seed for run in ordered] == [1] * 5 + [0] * 5
+    activations = [run.cost.activations for run in ordered[:5]]
+    assert activations == sorted(activations, reverse=True) and ordered[4].method == "baseline"
+
+
+def test_the_plan_prices_what_is_to_do(profile_file, tmp_path, capsys):
+    path = profile_file(methods=["baseline", "width"], seeds=[0, 1])
+    write_record(study.Run.plan(path, "baseline", 0, tmp_path))
+    table = study.plan(path, tmp_path, device="cpu", seconds=2)
+    assert table[["method", "seed"]].values.tolist() == [["width", 0], ["baseline", 1], ["width", 1]]
+    assert (table["flops"] > 1e6).all() and table["seconds"][0] == table["seconds"][2] > table["seconds"][1] > 0
+    words = ["plan", str(path), "--results", str(tmp_path), "--device", "cpu", "--seconds", "2", "--jobs", "2"]
+    assert study.main(words) == 0
+    out = capsys.readouterr().out
+    assert "activations (M)" in out and "3 runs" in out and "at 2 at a time" in out
+    for run in study.plan_runs(study.load_profile(path), tmp_path)[1:]:
+        write_record(run)
+    assert study.main(words) == 0 and "Nothing is to do" in capsys.readouterr().out
 
 
 # ---- statistics
