@@ -15,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ import pandas as pd
 import torch
 import yaml
 from scipy import stats
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.errors import record as elastic_record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -272,8 +274,7 @@ class Run:
     def train(self, data: ImageData, device: str | None = None) -> dict:
         """Train (or continue, or find finished) and return the record. RuntimeError if the run did not finish.
 
-        If the profile asks for several devices, torch's elastic launcher starts a process for each, which load the data
-        again; under torchrun, which has started them already, this is one of them.
+        Several devices have a process each, by torch's elastic launcher, or by torchrun, of whose this is then one.
         """
         processes = self._processes(device)
         if processes > 1 and not torch.distributed.is_torchelastic_launched() and read_record(self.directory) is None:
@@ -300,10 +301,13 @@ class Run:
         self.directory.mkdir(parents=True, exist_ok=True)
         smaller, options = self.directory / "micro_batch", {"min_nodes": 1, "max_nodes": 1, "max_restarts": 0}
         options |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": self.directory.name}
+        options["log_line_prefix_template"] = " "  # the lines say whose they are
         while True:
             before = smaller.read_text() if smaller.exists() else None
             try:
-                elastic_launch(LaunchConfig(nproc_per_node=processes, **options), _train_share)(self, device)
+                with tempfile.TemporaryDirectory() as logs:  # through which a notebook gets what the processes print
+                    options["logs_specs"] = DefaultLogsSpecs(logs, tee=Std.ALL)
+                    elastic_launch(LaunchConfig(nproc_per_node=processes, **options), _train_share)(self, device)
                 return read_record(self.directory)
             except ChildFailedError as error:
                 if smaller.exists() and smaller.read_text() != before:
@@ -734,12 +738,8 @@ def plan(
     threads: int | None = None,
     seconds: float = 60,
 ) -> pd.DataFrame:
-    """The profile's runs that are still to do, a row each, with their cost and the time they will take here.
-
-    flops and activations are those of one image's forward pass. `seconds` is what to spend on the estimate: every
-    method takes a few steps of its own training on this device, of which the run's time (column seconds) is
-    extrapolated, scoring included, starting notebooks and reading images not.
-    """
+    """The profile's runs that are still to do, a row each, with an image's flops and activations and the run's seconds
+    here: `seconds` go on a few steps of each method's training. Starting notebooks and reading images are not in it."""
     profile = load_profile(name)
     runs = [run for run in plan_runs(profile, results) if run.state() not in ("finished", "failed", "diverged")]
     if runs:
@@ -748,12 +748,11 @@ def plan(
     _, threads = _shares(len(runs), profile, device.type, jobs, threads)
     cores = torch.get_num_threads()
     torch.set_num_threads(threads or cores)
-    times: dict[str, float] = {}
+    one_of_each, times = {run.method: run for run in reversed(runs)}, {}
     try:
-        for method in dict.fromkeys(run.method for run in runs):
-            run = next(run for run in runs if run.method == method)
+        for method, run in one_of_each.items():
             print(f"measuring {method} at {run.config.resolution} px", flush=True)
-            model, budget = run.model(len(data.classes)), seconds / len({run.method for run in runs})
+            model, budget = run.model(len(data.classes)), seconds / len(one_of_each)
             times[method] = estimate_seconds(model, data, run.config, device, budget)
     finally:
         torch.set_num_threads(cores)
@@ -777,8 +776,8 @@ def print_plan(table: pd.DataFrame, jobs: int) -> None:
     ).rename(columns={"flops": "FLOPs (B)", "activations": "activations (M)", "seconds": "time"})
     print(shown.to_string(index=False))
     total = table["seconds"].sum()
-    print(f"{len(table)} runs, {timedelta(seconds=round(total))} one after the other", end="")
-    print(f", about {timedelta(seconds=round(total / jobs))} at {jobs} at a time" if jobs > 1 else "", flush=True)
+    together = f", about {timedelta(seconds=round(total / jobs))} at {jobs} at a time" if jobs > 1 else ""
+    print(f"{len(table)} runs, {timedelta(seconds=round(total))} one after the other{together}", flush=True)
 
 
 def bench(results: str | Path | None = None, *, device: str | None = None, rounds: int = 15) -> None:
