@@ -623,7 +623,9 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: torch's peak on a GPU (since its last reset), on a CPU that of the whole process since it started."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if os.path.exists("/proc/self/status"):  # Linux, whose getrusage also counts what the parent held at the fork
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def git_state() -> dict:
@@ -801,8 +803,8 @@ def measure(
             pipes[name].send("begin")
             about[name] = {"first_seconds": _answer(name, pipes[name])}
         for turn in range(rounds + 1):  # the first one warms up
-            for part in parts:
-                for name in order.sample(list(contenders), len(contenders)):
+            for name in order.sample(list(contenders), len(contenders)):
+                for part in parts:
                     pipes[name].send((part, repeat))
                     row = {"contender": name, "round": turn, "part": part, "seconds": _answer(name, pipes[name])}
                     rows += [row] if turn else []

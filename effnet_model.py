@@ -284,10 +284,11 @@ class _Gate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, mean, before, hidden, gate, w1, w2 = ctx.saved_tensors
-        d_gate = torch.ops.aten.sigmoid_backward((dy * x).sum((2, 3)), gate)  # by what the sigmoid is taken of
+        product = dy * x
+        d_gate = torch.ops.aten.sigmoid_backward(product.sum((2, 3)), gate)  # by what the sigmoid is taken of
         d_before = torch.ops.aten.silu_backward(d_gate @ w2, before)
         d_mean = (d_before @ w1).div_(x[0, 0].numel())
-        dx = torch.addcmul(d_mean[:, :, None, None], dy, gate[:, :, None, None])
+        dx = torch.addcmul(d_mean[:, :, None, None], dy, gate[:, :, None, None], out=product)
         return dx, d_before.T @ mean, d_before.sum(0), d_gate.T @ hidden, d_gate.sum(0)
 
 
