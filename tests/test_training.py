@@ -12,6 +12,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from effnet_data import load_data
@@ -73,6 +74,8 @@ def test_the_learning_rate_peaks_once_and_ends_near_zero(schedule, epochs):
         ({"epochs": 0}, "epochs: .*at least 1, got 0"),
         ({"batch_size": 1.5}, "batch_size: expected int"),
         ({"dropout": 1.0}, "dropout"),
+        ({"compile": True}, "compile: expected str, got True"),
+        ({"compile": "allways"}, "unknown compile 'allways'.*Did you mean 'always'"),
         ({"optimizer": "sdg"}, "unknown optimizer 'sdg'.*Did you mean 'sgd'"),
         ({"batch_size": 4, "accumulation": 5}, "accumulation: expected at most the batch size 4"),
     ],
@@ -380,6 +383,15 @@ def test_scoring_out_of_memory_starts_again_with_half_the_batch(digits, tiny_mod
     limited = Limited()
     whole = evaluate(limited.inner, digits, "test", 16)
     assert evaluate(limited, digits, "test", 16)["loss"] == pytest.approx(whole["loss"])
+
+
+def test_batch_norm_over_all_devices_needs_gpus(tiny_model, recipe):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="sync_norm: torch synchronises batch norm on GPUs only"):
+            Trainer(tiny_model(), recipe(sync_norm=True), torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
 
 
 SHARED = """
