@@ -176,6 +176,14 @@ def test_convolutions_equal_torchs_on_maps_of_every_size(kernel, groups, stride)
                     torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize(
+    "options", [{"padding": "same"}, {"padding": "valid"}, {"dilation": 2}, {"padding_mode": "reflect"}]
+)
+def test_convolutions_of_other_kinds_are_torchs(options):
+    conv, x = Conv2d(6, 6, 3, **({"padding": 1, "groups": 6, "bias": False} | options)), torch.randn(2, 6, 6, 6)
+    torch.testing.assert_close(conv(x), nn.Conv2d.forward(conv, x))
+
+
 def test_a_convolution_with_bias_on_a_small_map_equals_torchs():
     conv, x = Conv2d(5, 7, 1).double(), torch.randn(3, 5, 2, 2, dtype=torch.double, requires_grad=True)
     expected = F.conv2d(x, conv.weight, conv.bias)
