@@ -686,7 +686,7 @@ def _execute(executions: Sequence[tuple[str, str, Path, Mapping]], jobs: int, th
 
 def _attempt(about: str, notebook: str, output: Path, parameters: Mapping, threads: int | None, running: set) -> bool:
     """Execute a notebook; if that fails it is told, and the study goes on."""
-    print(about, flush=True)
+    print(f"{about}\n", end="", flush=True)  # in one piece, since others print too
     try:
         run_notebook(notebook, output, parameters, threads, running)
         return True
