@@ -338,7 +338,7 @@ class Trainer:
     def step(self, images: Tensor, labels: Tensor, epoch: int, step: int, steps: int) -> Tensor:
         """One optimizer step, the `step`th of `steps` in `epoch`, on this process's images; their mean loss, detached.
 
-        Nothing here waits for the device.
+        Nothing here waits for the device, but for fp16's gradient scaler.
         """
         config = self.config
         for group in self.optimizer.param_groups:
@@ -783,7 +783,6 @@ def measure(
     rounds: int = 15,
     repeat: int = 1,
     parts: Sequence[str] = ("step",),
-    threads: int | None = None,
 ) -> tuple[list[dict], dict[str, dict]]:
     """Time the contenders side by side, each in a process of its own, one at a time, in a new random order every round.
 
@@ -795,7 +794,7 @@ def measure(
     try:
         for name, contender in contenders.items():
             pipes[name], theirs = context.Pipe()
-            arguments = (theirs, contender, device, threads or torch.get_num_threads())
+            arguments = (theirs, contender, device, torch.get_num_threads())
             processes.append(context.Process(target=_serve, args=arguments, daemon=True))
             processes[-1].start()
             theirs.close()

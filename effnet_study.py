@@ -278,7 +278,7 @@ class Run:
         """
         processes = self._processes(device)
         if processes > 1 and not torch.distributed.is_torchelastic_launched() and read_record(self.directory) is None:
-            record = self._launch(processes, device)
+            record = self._launch(processes, data, device)
         else:
             model = self.model(len(data.classes))
             record = train(model, data, self.config, self.directory, about=self.about, device=device)
@@ -295,7 +295,7 @@ class Run:
             raise ValueError(f"devices: profile {self.profile.name} asks for {wanted}, torch finds {gpus}; use auto")
         return wanted
 
-    def _launch(self, processes: int, device: str | None) -> dict:
+    def _launch(self, processes: int, data: ImageData, device: str | None) -> dict:
         """Train in several processes. One that runs out of memory ends them all: then again with its smaller
         micro-batch, from the last checkpoint."""
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -315,8 +315,9 @@ class Run:
                 rank, failure = error.get_first_failure()
                 said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
             record = {"schema": SCHEMA_VERSION, "status": "failed", **self.about, "seed": self.seed}
-            record["error"] = f"process {rank} of {processes}: {said}"
-            write_json(self.directory / "run.json", record | {"config": dataclasses.asdict(self.config)})
+            record |= {"config": dataclasses.asdict(self.config), "cost": dataclasses.asdict(self.cost)}
+            record |= {"dataset": data.describe(), "error": f"process {rank} of {processes}: {said}"}
+            write_json(self.directory / "run.json", record)
             return record
 
     def state(self) -> str:
@@ -611,14 +612,11 @@ def study(
     runs = plan_runs(profile, results, methods, seeds)
     folder = runs[0].folder
     place = {} if results is None else {"results": str(Path(results).absolute())}
-    todo = []
     for run in runs:
-        ended_badly = run.state() in ("failed", "diverged")
-        if ended_badly and retry:
+        if retry and run.state() in ("failed", "diverged"):
             (run.directory / "run.json").replace(run.directory / "run.earlier.json")
             (run.directory / "checkpoint.pt").unlink(missing_ok=True)
-        if run.state() != "finished" and (retry or not ended_badly):
-            todo.append(run)
+    todo = _to_do(runs)
     jobs, threads = _shares(len(todo), profile, device, jobs, threads)
     print(f"{profile.title}: {len(runs)} runs, {len(todo)} to do ({profile.stamp})", flush=True)
     if jobs > 1:
@@ -643,6 +641,11 @@ def study(
     return 0 if len(finished) == len(runs) and analysed else 1
 
 
+def _to_do(runs: Iterable[Run]) -> list[Run]:
+    """Those that have not ended. One that failed or diverged has: it is never silently run again."""
+    return [run for run in runs if run.state() not in ("finished", "failed", "diverged")]
+
+
 def _shares(
     count: int, profile: Profile, device: str | None, jobs: int | None = None, threads: int | None = None
 ) -> tuple[int, int | None]:
@@ -664,10 +667,10 @@ def _shares(
     return jobs, threads
 
 
-def _longest_first(runs: Iterable[Run]) -> list[Run]:
+def _longest_first(runs: Sequence[Run]) -> list[Run]:
     """Seed by seed as they come, each seed's costliest run first, so that the last to end is a short one."""
-    order = {run.seed: i for i, run in reversed(list(enumerate(runs)))}
-    return sorted(runs, key=lambda run: (order[run.seed], -run.cost.activations))
+    seeds = [run.seed for run in runs]
+    return sorted(runs, key=lambda run: (seeds.index(run.seed), -run.cost.activations))
 
 
 def _execute(executions: Sequence[tuple[str, str, Path, Mapping]], jobs: int, threads: int | None) -> bool:
@@ -741,7 +744,7 @@ def plan(
     """The profile's runs that are still to do, a row each, with an image's flops and activations and the run's seconds
     here: `seconds` go on a few steps of each method's training. Starting notebooks and reading images are not in it."""
     profile = load_profile(name)
-    runs = [run for run in plan_runs(profile, results) if run.state() not in ("finished", "failed", "diverged")]
+    runs = _to_do(plan_runs(profile, results))
     if runs:
         data = load_data(**profile.data, download=False)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -756,12 +759,11 @@ def plan(
             times[method] = estimate_seconds(model, data, run.config, device, budget)
     finally:
         torch.set_num_threads(cores)
-    rows = [
+    return pd.DataFrame(
         {"method": run.method, "seed": run.seed, "status": run.state(), "px": run.config.resolution}
         | {"flops": run.cost.flops, "activations": run.cost.activations, "seconds": times[run.method]}
         for run in runs
-    ]
-    return pd.DataFrame(rows)
+    )
 
 
 def print_plan(table: pd.DataFrame, jobs: int) -> None:
@@ -784,9 +786,8 @@ def bench(results: str | Path | None = None, *, device: str | None = None, round
     """Execute 06_throughput on this device and print its tables, which lie in RESULTS/throughput/DEVICE/."""
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = throughput_folder(kind, results)
-    parameters = {"device": kind.type, "rounds": rounds}
-    place = {} if results is None else {"results": str(Path(results).absolute())}
-    run_notebook("06_throughput", folder / "06_throughput.ipynb", {**parameters, **place})
+    parameters = {"device": kind.type, "rounds": rounds, "results": results and str(Path(results).absolute())}
+    run_notebook("06_throughput", folder / "06_throughput.ipynb", parameters)
     for name in ("peers", "methods"):
         print(f"\n{pd.read_csv(folder / f'{name}.csv').to_string(index=False, na_rep='-')}", flush=True)
 

@@ -156,6 +156,8 @@ def test_an_error_in_one_of_several_processes_is_the_runs(profile_file, tmp_path
     ):
         run.train(study.load_data(**run.profile.data), "cpu")
     assert run.state() == "failed"
+    with pytest.raises(RuntimeError, match="failed .process . of 2"):  # found, not run again
+        run.train(study.load_data(**run.profile.data), "cpu")
 
 
 def test_processes_out_of_memory_are_started_again(profile_file, tmp_path, monkeypatch):

@@ -231,6 +231,11 @@ def test_a_finished_run_is_not_repeated(tmp_path, digits, tiny_model, recipe):
     assert train(tiny_model(), Killing(digits, 0), recipe(), tmp_path) == first
 
 
+def test_how_a_run_is_executed_does_not_make_it_another(tmp_path, digits, tiny_model, recipe):
+    first = train(tiny_model(), digits, recipe(), tmp_path)
+    assert train(tiny_model(), Killing(digits, 0), recipe(checkpointing=True, compile="never"), tmp_path) == first
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path, digits, tiny_model, recipe):
     train(tiny_model(), digits, recipe(), tmp_path)
     with pytest.raises(ValueError, match=r"config lr = 0\.01, now 0\.02 is asked for; delete"):
