@@ -668,9 +668,9 @@ def _shares(
 
 
 def _longest_first(runs: Sequence[Run]) -> list[Run]:
-    """Seed by seed as they come, each seed's costliest run first, so that the last to end is a short one."""
+    """Seed by seed: the baseline, whose curve the others draw, then the costliest, to end with short ones."""
     seeds = [run.seed for run in runs]
-    return sorted(runs, key=lambda run: (seeds.index(run.seed), -run.cost.activations))
+    return sorted(runs, key=lambda run: (seeds.index(run.seed), run.method != "baseline", -run.cost.activations))
 
 
 def _execute(executions: Sequence[tuple[str, str, Path, Mapping]], jobs: int, threads: int | None) -> bool:

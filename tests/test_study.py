@@ -202,12 +202,12 @@ def test_notebooks_side_by_side_share_the_cores(profile_file, monkeypatch, cores
     assert study._shares(count, profile, None)[0] == 1  # one GPU
 
 
-def test_each_seeds_longest_run_starts_first(profile_file):
+def test_each_seeds_longest_run_starts_first_after_the_baseline(profile_file):
     runs = study.plan_runs(study.load_profile(profile_file(seeds=[1, 0])))
     ordered = study._longest_first(runs)
     assert [run.seed for run in ordered] == [1] * 5 + [0] * 5
-    activations = [run.cost.activations for run in ordered[:5]]
-    assert activations == sorted(activations, reverse=True) and ordered[4].method == "baseline"
+    activations = [run.cost.activations for run in ordered[1:5]]
+    assert activations == sorted(activations, reverse=True) and ordered[0].method == ordered[5].method == "baseline"
 
 
 def test_the_plan_prices_what_is_to_do(profile_file, tmp_path, capsys):
