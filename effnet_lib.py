@@ -4,7 +4,7 @@ The network, its scaling rules and its cost are in effnet_model.py; this file tr
 
 1. Recipe     settings, learning rate, optimizer, moving average
 2. Training   evaluation, a training step, the resumable loop, on one device or several
-3. Records    files that are whole or not there; what a run says of itself and of its machine
+3. Records    what a run's record says, and whose it is; effnet_records.py has the files
 4. Speed      a training step of ours and of others', timed side by side
 
 Units: top-1 and top-5 are percentages, resolutions pixels of a square image, shapes (N, C, H, W), sizes bytes.
@@ -14,23 +14,18 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
-import importlib.metadata
 import json
 import math
 import multiprocessing
 import os
-import platform
 import random
-import re
-import resource
-import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from pathlib import Path
 
 import filelock
@@ -39,6 +34,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torchvision.models import get_model
 from tqdm import tqdm
 
@@ -73,9 +71,18 @@ from effnet_model import (  # noqa: F401 - most of them only passed on
     scaled_cost,
     unknown_name,
 )
-
-SCHEMA_VERSION = 1  # of run.json
-
+from effnet_records import (  # noqa: F401 - some of them only passed on
+    SCHEMA_VERSION,
+    device_name,
+    environment,
+    git_state,
+    peak_memory,
+    read_checkpoint,
+    read_record,
+    replace_file,
+    write_json,
+    write_torch,
+)
 
 # ---- 1. Recipe -----------------------------------------------------------------------------------------------------
 
@@ -483,6 +490,30 @@ def _join(device: torch.device) -> tuple[torch.device, bool, bool]:
     return device, dist.get_rank() == 0, True
 
 
+def launch(processes: int, work: Callable, arguments: tuple, run_dir: Path) -> str | None:
+    """Call work(*arguments), which trains `run_dir`, in several processes. Returns None, or what one of them failed of.
+
+    One that runs out of memory ends them all: then again with its smaller micro-batch, from the last checkpoint.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    smaller, options = run_dir / "micro_batch", {"min_nodes": 1, "max_nodes": 1, "max_restarts": 0}
+    options |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": run_dir.name}
+    options["log_line_prefix_template"] = " "  # the lines say whose they are
+    while True:
+        before = smaller.read_text() if smaller.exists() else None
+        try:
+            with tempfile.TemporaryDirectory() as logs:  # through which a notebook gets what the processes print
+                options["logs_specs"] = DefaultLogsSpecs(logs, tee=Std.ALL)
+                elastic_launch(LaunchConfig(nproc_per_node=processes, **options), work)(*arguments)
+            return None
+        except ChildFailedError as error:
+            if smaller.exists() and smaller.read_text() != before:
+                continue
+            rank, failure = error.get_first_failure()
+            said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+            return f"process {rank} of {processes}: {said}"
+
+
 def _train(model, data, config, run_dir, device, label, checkpoint, identity) -> dict:
     """The loop of `train`: what the record says of how it went."""
     trainer, data = Trainer(model, config, device), data.to(device)
@@ -550,93 +581,6 @@ def _train(model, data, config, run_dir, device, label, checkpoint, identity) ->
 
 
 # ---- 3. Records ----------------------------------------------------------------------------------------------------
-
-
-def replace_file(path: Path, write) -> None:
-    """Call write(file) on a file beside `path`, flush it to the disk, rename it over `path`: old or new, never half."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(unfinished)
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON, whole or not at all."""
-    replace_file(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n"))
-
-
-def write_torch(path: Path, value: object) -> None:
-    """torch.save, whole or not at all."""
-    replace_file(path, partial(torch.save, value))
-
-
-def read_record(run_dir: str | Path) -> dict | None:
-    """A run's record, or None if the run has not ended. Raises ValueError for a damaged file."""
-    path = Path(run_dir) / "run.json"
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_text())
-        if record["schema"] == SCHEMA_VERSION:
-            return record
-        raise ValueError(f"schema {record['schema']!r}, expected {SCHEMA_VERSION}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); restore it, or delete it to run again") from None
-
-
-def read_checkpoint(path: Path) -> dict | None:
-    """A checkpoint, or None if there is none; one that cannot be read is told and counts as none."""
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a torn or foreign file
-        print(f"{path} is unreadable ({type(error).__name__}: {error}); starting this run anew", flush=True)
-        return None
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with the threads that torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        name = found[1] if found else name
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def environment(device: torch.device) -> dict:
-    """What a run ran on: device, versions, commit."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions["torchvision"] = importlib.metadata.version("torchvision")
-    versions["cuda"] = torch.version.cuda if device.type == "cuda" else None
-    return {"device": {"type": device.type, "name": device_name(device)}, "versions": versions, "git": git_state()}
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: torch's peak on a GPU (since its last reset), on a CPU that of the whole process since it started."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if os.path.exists("/proc/self/status"):  # Linux, whose getrusage also counts what the parent held at the fork
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def git_state() -> dict:
-    """Commit of this project's checkout, and whether its code differs; $EFFNET_COMMIT where there is no checkout."""
-    git, ran = ["git", "-C", str(Path(__file__).parent)], {"capture_output": True, "text": True, "check": True}
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **ran).stdout.strip()
-        changes = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"]
-        return {"commit": commit, "dirty": bool(subprocess.run(changes, **ran).stdout)}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": os.environ.get("EFFNET_COMMIT"), "dirty": None}
 
 
 def load_trained(run_dir: str | Path, model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The study: profiles, planned runs, statistics, execution of the notebooks, and the `effnet` command.
+"""The study: profiles, planned runs, execution of the notebooks, and the `effnet` command.
 
 profiles/NAME.yaml says what is compared on which images by which recipe. `effnet study NAME` executes one
 notebook per method and seed, each of which trains one network and writes results/NAME/runs/...; then the analysis
@@ -9,13 +9,11 @@ import argparse
 import ast
 import dataclasses
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,15 +23,10 @@ from pathlib import Path
 
 import filelock
 import nbformat
-import numpy as np
 import pandas as pd
 import torch
 import yaml
-from scipy import stats
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.errors import record as elastic_record
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from effnet_data import CLASS_COUNTS, ImageData, load_data
 from effnet_lib import (
@@ -46,15 +39,25 @@ from effnet_lib import (
     TrainConfig,
     device_name,
     estimate_seconds,
+    launch,
     match_flops,
     read_record,
     recipe,
-    replace_file,
     round_resolution,
     scaled_cost,
     train,
     unknown_name,
     write_json,
+)
+from effnet_records import save_figure, save_table  # noqa: F401 - passed on to the notebooks
+from effnet_statistics import (  # noqa: F401 - passed on to the notebooks
+    MARGIN,
+    holm,
+    overall,
+    paired_bootstrap,
+    t_interval,
+    verdict,
+    welch_holm,
 )
 
 ROOT = Path(__file__).resolve().parent
@@ -278,7 +281,12 @@ class Run:
         """
         processes = self._processes(device)
         if processes > 1 and not torch.distributed.is_torchelastic_launched() and read_record(self.directory) is None:
-            record = self._launch(processes, data, device)
+            error = launch(processes, _train_share, (self, device), self.directory)
+            if error is not None:
+                record = {"schema": SCHEMA_VERSION, "status": "failed", **self.about, "seed": self.seed}
+                record |= {"config": dataclasses.asdict(self.config), "cost": dataclasses.asdict(self.cost)}
+                write_json(self.directory / "run.json", record | {"dataset": data.describe(), "error": error})
+            record = read_record(self.directory)
         else:
             model = self.model(len(data.classes))
             record = train(model, data, self.config, self.directory, about=self.about, device=device)
@@ -294,31 +302,6 @@ class Run:
         if 0 < gpus < wanted:
             raise ValueError(f"devices: profile {self.profile.name} asks for {wanted}, torch finds {gpus}; use auto")
         return wanted
-
-    def _launch(self, processes: int, data: ImageData, device: str | None) -> dict:
-        """Train in several processes. One that runs out of memory ends them all: then again with its smaller
-        micro-batch, from the last checkpoint."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        smaller, options = self.directory / "micro_batch", {"min_nodes": 1, "max_nodes": 1, "max_restarts": 0}
-        options |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": self.directory.name}
-        options["log_line_prefix_template"] = " "  # the lines say whose they are
-        while True:
-            before = smaller.read_text() if smaller.exists() else None
-            try:
-                with tempfile.TemporaryDirectory() as logs:  # through which a notebook gets what the processes print
-                    options["logs_specs"] = DefaultLogsSpecs(logs, tee=Std.ALL)
-                    elastic_launch(LaunchConfig(nproc_per_node=processes, **options), _train_share)(self, device)
-                return read_record(self.directory)
-            except ChildFailedError as error:
-                if smaller.exists() and smaller.read_text() != before:
-                    continue
-                rank, failure = error.get_first_failure()
-                said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-            record = {"schema": SCHEMA_VERSION, "status": "failed", **self.about, "seed": self.seed}
-            record |= {"config": dataclasses.asdict(self.config), "cost": dataclasses.asdict(self.cost)}
-            record |= {"dataset": data.describe(), "error": f"process {rank} of {processes}: {said}"}
-            write_json(self.directory / "run.json", record)
-            return record
 
     def state(self) -> str:
         """finished, failed, diverged, stale (the profile has changed since), running, interrupted or missing."""
@@ -391,106 +374,25 @@ def load_runs(profile: str | Path | Profile, results: str | Path | None = None) 
     return pd.DataFrame(rows)
 
 
+def load_pilots(profile: str | Path | Profile, results: str | Path | None = None) -> pd.DataFrame:
+    """The pilots of a profile, a row each, best first: what they change of its recipe, and their minival scores."""
+    profile = profile if isinstance(profile, Profile) else load_profile(profile)
+    rows = []
+    for path in (Path(results or RESULTS) / profile.name / "pilots").glob("*/run.json"):
+        record = read_record(path.parent)
+        row = {"pilot": path.parent.name, "status": record["status"]}
+        scores = record.get("minival", {})
+        rows.append(row | {f"minival_{k}": v for k, v in scores.items()} | {"seconds": record.get("seconds")})
+    table = pd.DataFrame(rows, columns=["pilot", "status", "minival_top1", "minival_top5", "minival_loss", "seconds"])
+    return table.sort_values("minival_top1", ascending=False, ignore_index=True)
+
+
 def load_history(directory: str | Path) -> pd.DataFrame:
     """history.jsonl of a run: a row per epoch, minival scored with the EMA weights."""
     return pd.read_json(Path(directory) / "history.jsonl", lines=True)
 
 
-# ---- 3. Statistics -------------------------------------------------------------------------------------------------
-
-
-def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean, low, high of Student's t interval over seeds (n,). Below two values low and high are NaN."""
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return float(values.mean()), math.nan, math.nan
-    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
-
-
-def holm(p: Sequence[float]) -> np.ndarray:
-    """Holm's step-down adjustment of p values (k,): each is compared with alpha afterwards."""
-    p = np.asarray(p, float)
-    order = np.argsort(p)
-    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    return np.minimum(adjusted, 1)[np.argsort(order)]
-
-
-def welch_holm(scores: Mapping[str, Sequence[float]], contrasts: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """Planned contrasts (target, other) of one family, scores by method over seeds: a row each with the difference
-    target - other, Welch's 95 % interval and p, Holm's p over the family, and the verdict on "target beats other"."""
-    rows = []
-    for target, other in contrasts:
-        a, b = np.asarray(scores[target], float), np.asarray(scores[other], float)
-        row = {"contrast": f"{target} - {other}", "n": min(len(a), len(b)), "difference": a.mean() - b.mean()}
-        if row["n"] >= 2:
-            test = stats.ttest_ind(a, b, equal_var=False)
-            interval = test.confidence_interval(0.95)
-            row |= {"low": interval.low, "high": interval.high, "p": test.pvalue}
-        rows.append({"low": math.nan, "high": math.nan, "p": math.nan} | row)
-    table = pd.DataFrame(rows)
-    table["p_holm"] = holm(table["p"]) if table["p"].notna().all() else math.nan
-    columns = ("difference", "low", "high", "p_holm", "n")
-    table["verdict"] = [verdict(*row) for row in table[list(columns)].itertuples(index=False)]
-    return table[["contrast", "n", "difference", "low", "high", "p", "p_holm", "verdict"]]
-
-
-def verdict(
-    difference: float, low: float, high: float, p_holm: float, n: int, margin: float = 0.5, alpha: float = 0.05
-) -> str:
-    """The rule for "target beats other by top-1", fixed before the runs.
-
-    reproduced: Holm's p below alpha and the difference positive. not reproduced: p below alpha and the
-    difference negative, or the whole interval within +- margin (equivalent). inconclusive: anything else, and always
-    below three seeds.
-    """
-    if n < 3 or not math.isfinite(p_holm):
-        return "inconclusive"
-    if p_holm < alpha:
-        return "reproduced" if difference > 0 else "not reproduced"
-    return "not reproduced" if -margin < low and high < margin else "inconclusive"
-
-
-def overall(verdicts: Iterable[str]) -> str:
-    """The verdict of a claim that needs all its contrasts: the weakest of theirs."""
-    verdicts = list(verdicts) or ["inconclusive"]
-    return next((v for v in ("not reproduced", "inconclusive") if v in verdicts), "reproduced")
-
-
-def paired_bootstrap(target: np.ndarray, other: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the difference in top-1 (points) when seeds and test images are both drawn anew.
-
-    target, other: correct answers (seeds, images), bool; an image drawn counts for both, seeds are drawn apart.
-    """
-    if target.shape[1] != other.shape[1]:
-        raise ValueError(f"expected the same test images, got {target.shape[1]} and {other.shape[1]}")
-    rng, images = np.random.default_rng(seed), target.shape[1]
-    differences = []
-    for _ in range(draws):
-        weights = rng.multinomial(images, np.full(images, 1 / images)) / images
-        means = [(c[rng.integers(len(c), size=len(c))] @ weights).mean() for c in (target, other)]
-        differences.append(100 * (means[0] - means[1]))
-    low, high = np.quantile(differences, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def save_figure(figure, path: str | Path) -> None:
-    """Write a figure as path.svg, .pdf and .png, the same bytes for the same figure."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
-    for suffix, metadata in undated.items():
-        figure.savefig(path.with_suffix(f".{suffix}"), metadata=metadata)
-
-
-def save_table(table: pd.DataFrame, path: str | Path) -> None:
-    """Write a table as CSV, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda file: table.to_csv(file, index=False, float_format="%.10g"))
-
-
-# ---- 4. Notebooks --------------------------------------------------------------------------------------------------
+# ---- 3. Notebooks --------------------------------------------------------------------------------------------------
 
 
 def _assignments(source: str) -> dict[str, object]:
@@ -586,7 +488,7 @@ def run_notebook(
     unfinished.replace(output)
 
 
-# ---- 5. The command ------------------------------------------------------------------------------------------------
+# ---- 4. The command ------------------------------------------------------------------------------------------------
 
 
 def study(
@@ -639,6 +541,27 @@ def study(
     if not todo:
         print(_provenance(profile, results, name))
     return 0 if len(finished) == len(runs) and analysed else 1
+
+
+def pilot(
+    name: str | Path, changes: Mapping[str, object], results: str | Path | None = None, device: str | None = None
+) -> dict:
+    """Train a profile's baseline, seed 0, with some settings of its recipe changed: to choose the recipe by.
+
+    No test image is read: the record, in RESULTS/PROFILE/pilots/CHANGES/, has minival scores also under "test".
+    """
+    profile = load_profile(name)
+    for key in changes:
+        if key in ("resolution", "seed"):
+            raise ValueError(f"pilot: {key} is not part of a recipe")
+    run = Run(dataclasses.replace(profile, train=profile.train | changes), "baseline", 0, Path(results or RESULTS))
+    data = load_data(**profile.data)
+    data = dataclasses.replace(data, indices=data.indices | {"test": data.indices["minival"]})
+    label = "_".join(f"{key}={value}" for key, value in sorted(changes.items())) or "as_it_is"
+    about = run.about | {"pilot": dict(changes), "scored": "minival"}
+    return train(
+        run.model(len(data.classes)), data, run.config, run.folder / "pilots" / label, about=about, device=device
+    )
 
 
 def _to_do(runs: Iterable[Run]) -> list[Run]:
@@ -812,6 +735,15 @@ def _cost_table(names: Sequence[str], resolution: int | None, num_classes: int, 
     )
 
 
+def _settings(words: Iterable[str]) -> dict[str, object]:
+    """NAME=VALUE words as settings, their values read as in a profile."""
+    pairs = [word.partition("=") for word in words]
+    for name, equals, _ in pairs:
+        if not (name and equals):
+            raise ValueError(f"expected NAME=VALUE, such as lr=0.05, got {name + equals!r}")
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
+
+
 def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
@@ -853,6 +785,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub.add_argument("method", choices=TRAINED_BY)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    sub = command("pilot", "train the baseline with changed settings, scored on minival alone, to choose a recipe by")
+    sub.add_argument("changes", nargs="*", metavar="NAME=VALUE", help="settings of the recipe, such as lr=0.05")
+    sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     sub = command("cost", "count parameters, FLOPs (multiply-adds) and activations", profile=False)
     sub.add_argument("networks", nargs="+", metavar="NETWORK", help="b0 to b7, or a Table 7 row such as compound")
     sub.add_argument("--resolution", type=int, help="pixels at resolution coefficient 1 (default: 224)")
@@ -883,6 +818,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run.train(load_data(**run.profile.data), args.device)
             if os.environ.get("RANK", "0") == "0":  # the first process under torchrun
                 print(f"written to {run.directory}")
+        elif args.command == "pilot":
+            pilot(args.profile, _settings(args.changes), args.results, args.device)
+            print(load_pilots(args.profile, args.results).to_string(index=False, na_rep="-"))
         elif args.command == "cost":
             print(_cost_table(args.networks, args.resolution, args.classes, args.stem_stride))
         else:

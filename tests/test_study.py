@@ -1,6 +1,7 @@
 """Profiles, planned runs, records as tables, statistics, the command."""
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ from conftest import write_record
 from scipy import stats
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+import effnet_lib
 import effnet_study as study
 from effnet_lib import TABLE7
 
@@ -175,7 +177,7 @@ def test_processes_out_of_memory_are_started_again(profile_file, tmp_path, monke
 
         return start
 
-    monkeypatch.setattr(study, "elastic_launch", launch)
+    monkeypatch.setattr(effnet_lib, "elastic_launch", launch)
     assert run.train(None, "cpu")["status"] == "finished" and starts == [2, 2, 2]
 
 
@@ -208,6 +210,35 @@ def test_each_seeds_longest_run_starts_first_after_the_baseline(profile_file):
     assert [run.seed for run in ordered] == [1] * 5 + [0] * 5
     activations = [run.cost.activations for run in ordered[1:5]]
     assert activations == sorted(activations, reverse=True) and ordered[0].method == ordered[5].method == "baseline"
+
+
+def test_a_pilot_changes_the_recipe_and_reads_no_test_image(profile_file, tmp_path, capsys):
+    path = profile_file(data={"name": "digits", "size": 16, "train_per_class": 4, "minival": 0.05})
+    words = ["pilot", str(path), "lr=0.02", "optimizer=sgd", "--results", str(tmp_path), "--device", "cpu"]
+    assert study.main(words) == 0
+    assert "lr=0.02_optimizer=sgd" in capsys.readouterr().out
+    folder = tmp_path / "tiny" / "pilots" / "lr=0.02_optimizer=sgd"
+    record, correct = study.read_record(folder), np.load(folder / "test_correct.npy")
+    assert record["config"]["lr"] == 0.02 and record["config"]["epochs"] == 1 and record["scored"] == "minival"
+    assert len(correct) == record["dataset"]["counts"]["minival"] != study.load_data("digits").counts["test"]
+    assert record["test"]["top1"] == record["minival"]["top1"] == pytest.approx(100 * correct.mean())
+    table = study.load_pilots(path, tmp_path)
+    assert table[["pilot", "minival_top1"]].values.tolist() == [[folder.name, record["minival"]["top1"]]]
+    assert not (tmp_path / "tiny" / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("lr", "expected NAME=VALUE, such as lr=0.05, got 'lr'"),
+        ("rl=0.1", "unknown training setting 'rl'.*Did you mean 'lr'"),
+        ("seed=1", "seed is not part of a recipe"),
+        ("lr=fast", "lr: expected float, got 'fast'"),
+    ],
+)
+def test_a_pilots_bad_setting_is_named(word, message, profile_file, tmp_path, capsys):
+    assert study.main(["pilot", str(profile_file()), word, "--results", str(tmp_path)]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_the_plan_prices_what_is_to_do(profile_file, tmp_path, capsys):
