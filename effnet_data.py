@@ -100,6 +100,25 @@ class ImageData:
         return images.contiguous(memory_format=torch.channels_last)
 
 
+def check_settings(name: str, **settings: object) -> None:
+    """Refuse, with a ValueError that names it, a data set or a setting that `load_data` cannot mean."""
+    kind, _, path = str(name).partition(":")
+    if not isinstance(name, str) or (kind == "folder") != bool(path) or kind not in [n.split(":")[0] for n in NAMES]:
+        raise ValueError(f"unknown data set {name!r}. Valid: {', '.join(NAMES)}.")
+    for setting, value in settings.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if setting == "minival":
+            good, expected = isinstance(value, float | int) and 0 < value < 1, "a share above 0 and below 1"
+        elif setting == "title":
+            good, expected = isinstance(value, str | None), "text"
+        elif setting == "split_seed":
+            good, expected = whole and 0 <= value < 2**32, "a whole number of at least 0"
+        else:
+            good, expected = value is None or (whole and value >= 1), "a whole number of at least 1"
+        if not good:
+            raise ValueError(f"{setting}: expected {expected}, got {value!r}")
+
+
 def load_data(
     name: str,
     root: str | Path | None = None,
@@ -123,14 +142,9 @@ def load_data(
     PATH is absolute, or relative to root or to the working folder. Raises ValueError for bad arguments and damaged
     images (which it names), FileNotFoundError for missing data with the places tried and what to do.
     """
-    kind, _, path = str(name).partition(":")
-    if (kind == "folder") != bool(path) or kind not in [n.partition(":")[0] for n in NAMES]:
-        raise ValueError(f"unknown data set {name!r}. Valid: {', '.join(NAMES)}.")
-    if not 0 < minival < 1:
-        raise ValueError(f"minival: expected a share above 0 and below 1, got {minival!r}")
-    for argument, value in {"size": size, "classes": classes, "train_per_class": train_per_class}.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{argument}: expected a whole number of at least 1, got {value!r}")
+    counts = {"size": size, "classes": classes, "train_per_class": train_per_class}
+    check_settings(name, **counts, minival=minival, split_seed=split_seed, title=title)
+    kind, _, path = name.partition(":")
     root = Path(root or os.environ.get("EFFNET_DATA") or Path(__file__).parent / "data").expanduser()
     if kind == "digits":
         source = _read_digits(size or 32)

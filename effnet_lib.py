@@ -1,11 +1,10 @@
 """The library: EfficientNet (all of `effnet_model`, passed on) and its trainer. Import everything from here.
 
-The network, its scaling rules and its cost are in effnet_model.py; this file trains it, in four sections:
+The network, its scaling rules and its cost are in effnet_model.py; this file trains it, in three sections:
 
 1. Recipe     settings, learning rate, optimizer, moving average
 2. Training   evaluation, a training step, the resumable loop, on one device or several
 3. Records    what a run's record says, and whose it is; effnet_records.py has the files
-4. Speed      a training step of ours and of others', timed side by side
 
 Units: top-1 and top-5 are percentages, resolutions pixels of a square image, shapes (N, C, H, W), sizes bytes.
 """
@@ -14,33 +13,33 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import io
 import json
 import math
-import multiprocessing
 import os
-import random
+import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import filelock
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torchvision.models import get_model
 from tqdm import tqdm
 
-import effnet_model
 from effnet_model import (  # noqa: F401 - most of them only passed on
     SE_RATIO,
     STAGES,
@@ -72,16 +71,22 @@ from effnet_model import (  # noqa: F401 - most of them only passed on
     unknown_name,
 )
 from effnet_records import (  # noqa: F401 - some of them only passed on
+    CHECKPOINTS,
     SCHEMA_VERSION,
+    WEIGHTS,
     device_name,
     environment,
     git_state,
+    hold,
+    holder_of,
     peak_memory,
     read_checkpoint,
     read_record,
     replace_file,
+    write_checkpoint,
     write_json,
-    write_torch,
+    write_record,
+    write_weights,
 )
 
 # ---- 1. Recipe -----------------------------------------------------------------------------------------------------
@@ -119,6 +124,9 @@ class TrainConfig:
     sync_norm: bool = False  # on several GPUs: batch norm over all of a step's images, not over each GPU's own
     checkpointing: bool = False  # less memory, more time, the same result: see EfficientNet
     compile: str = "auto"  # torch.compile the blocks: always, never, or auto: on a GPU
+    deterministic: bool = False  # on a GPU: only kernels that repeat bit for bit; slower. A CPU's do
+    save_seconds: float = 300.0  # a checkpoint is written so often, and after every epoch
+    save_steps: int = 0  # and after so many steps of an epoch; 0 is off
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -137,6 +145,8 @@ class TrainConfig:
                 raise unknown_name(name, getattr(self, name), valid)
         rules = (
             ("resolution epochs accumulation", "at least 1", lambda v: v >= 1),
+            ("save_steps", "at least 0", lambda v: v >= 0),
+            ("save_seconds", "above 0", lambda v: v > 0),
             ("batch_size", "at least 2", lambda v: v >= 2),
             ("seed weight_decay clip_norm", "finite and at least 0", lambda v: 0 <= v < math.inf),
             ("lr", "finite and above 0", lambda v: 0 < v < math.inf),
@@ -275,13 +285,20 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data, split: str, resolution: int, *, batch_size: int = 256, precision: str = "auto"
+    model: nn.Module,
+    data,
+    split: str,
+    resolution: int,
+    *,
+    batch_size: int = 256,
+    precision: str = "auto",
+    between: Callable[[], None] = lambda: None,
 ) -> dict:
     """Score `model` on a split ("minival" or "test") at `resolution`, on the device the model is on.
 
     Returns top1 and top5 in percent (top5 is top-k for k = the number of classes if there are fewer), the mean
     cross-entropy as loss, and correct: a bool array of shape (images,), in the split's order. Out of memory, it
-    starts again with half the batch.
+    starts again with half the batch. `between` is called after each batch; what it raises ends the scoring.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -296,6 +313,7 @@ def evaluate(
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             top5 += ranked.sum()
             correct.append(ranked[:, 0])
+            between()
     except RuntimeError as error:
         if not _out_of_memory(error) or batch_size == 1:
             raise
@@ -303,7 +321,8 @@ def evaluate(
     finally:
         model.train(was_training)
     if correct is None:  # outside the handler, whose traceback would keep the failed batch alive
-        return evaluate(model, data, split, resolution, batch_size=batch_size // 2, precision=precision)
+        smaller = {"batch_size": batch_size // 2, "precision": precision, "between": between}
+        return evaluate(model, data, split, resolution, **smaller)
     correct = torch.cat(correct).cpu().numpy()
     scores = {"top1": 100 * float(correct.mean()), "top5": 100 * top5.item() / len(correct)}
     return scores | {"loss": loss.item() / len(correct), "correct": correct}
@@ -325,7 +344,10 @@ class Trainer:
         # At most a device's share of the batch; less if `accumulation` asks for it or memory runs out
         self.micro_batch = min(math.ceil(config.batch_size / config.accumulation), config.batch_size // self.world)
         if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # all batches have one shape
+            torch.backends.cudnn.benchmark = not config.deterministic  # all batches have one shape
+            if config.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+                torch.use_deterministic_algorithms(True)
         else:
             keep_freed_memory()
         model = model.to(device, memory_format=torch.channels_last)
@@ -340,6 +362,7 @@ class Trainer:
         if config.compile == "always" or (config.compile == "auto" and device.type == "cuda"):
             compile_blocks(model)
         self.shared = nn.parallel.DistributedDataParallel(model) if several else model
+        self.bad_step = torch.full((), -1, device=device)  # the first with a loss or gradient that is not finite
         self.model.train()
 
     def step(self, images: Tensor, labels: Tensor, epoch: int, step: int, steps: int) -> Tensor:
@@ -355,11 +378,17 @@ class Trainer:
         # Clip the whole gradient, take the step, follow it with the moving average
         if config.clip_norm > 0:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        # A scaler skips the steps that overflow: there only the loss counts
+        bad = ~torch.isfinite(loss if self.scaler.is_enabled() else loss + norm) & (self.bad_step < 0)
+        self.bad_step = torch.where(bad, epoch * steps + step, self.bad_step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        update_ema(self.averaged, config, epoch * steps + step)
+        self.taken = epoch * steps + step
+        update_ema(self.averaged, config, self.taken)
         return loss
 
     def backward(self, images: Tensor, labels: Tensor, epoch: int = 0, step: int = 0) -> Tensor:
@@ -398,10 +427,23 @@ class Trainer:
 
     def mean(self, value: Tensor) -> float:
         """The mean of a number over all processes."""
+        return self._reduced(value, dist.ReduceOp.SUM) / self.world
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in one of the processes."""
+        return flag if self.world == 1 else bool(self._reduced(torch.tensor(float(flag)), dist.ReduceOp.MAX))
+
+    def diverged(self) -> int:
+        """The first step, counted over all epochs, at which loss or gradient were not finite; -1 if none. Waits for the
+        device. A scaler that has gone down to nothing counts as well: its steps are no longer taken."""
+        bad = int(self._reduced(self.bad_step, dist.ReduceOp.MAX))
+        return self.taken if bad < 0 and self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3 else bad
+
+    def _reduced(self, value: Tensor, operation) -> float:
         if self.world > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-        return value.item() / self.world
+            value = value.to(self.device, copy=True)
+            dist.all_reduce(value, operation)
+        return value.item()
 
     def state_dict(self) -> dict:
         """All that a step changes."""
@@ -412,25 +454,72 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
 
 
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop and did, between two steps and with a checkpoint: the same call goes on from there."""
+
+
+class _Stop:
+    """Whether training is to stop: the time is up, or SIGTERM or SIGINT came, which meanwhile only leave word here.
+
+    deadline: in Unix time; default $EFFNET_DEADLINE, else none. A second SIGINT interrupts at once, as it always does.
+    """
+
+    def __init__(self, deadline: float | None):
+        self.deadline = deadline or float(os.environ.get("EFFNET_DEADLINE", "inf"))
+        self.reason, self.last = None, None
+
+    def __enter__(self) -> "_Stop":
+        in_main = threading.current_thread() is threading.main_thread()  # elsewhere signals are not ours
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT) if in_main}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.reason == "SIGINT" and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+    def due(self, to_save: float = 1.0) -> bool:
+        """Called between steps; to_save: seconds that a checkpoint takes."""
+        now = time.time()
+        step, self.last = now - (self.last or now), now
+        if now + 2 * (step + to_save) > self.deadline:
+            self.reason = self.reason or "the end of its time"
+        return self.reason is not None
+
+
 def train(
-    model: nn.Module, data, config: TrainConfig, run_dir: str | Path, *, about: Mapping | None = None, device=None
+    model: nn.Module,
+    data,
+    config: TrainConfig,
+    run_dir: str | Path,
+    *,
+    about: Mapping | None = None,
+    device=None,
+    deadline: float | None = None,
 ) -> dict:
     """Train, score once on test, and return the run record, which is also written to `run_dir/run.json`.
 
     `data` is any object with `to(device)`, `counts` ({"train": n, "minival": n, "test": n}), `describe()` (a dict
-    with a "fingerprint"), `train_batches(config, epoch)` and `eval_batches(split, resolution, batch_size)`; both
-    yield (images (N, 3, R, R) float, labels (N,)). `about` is added to the record (profile, method ...).
+    with a "fingerprint"), `train_batches(config, epoch, start)` (from step `start` on) and `eval_batches(split,
+    resolution, batch_size)`; both yield (images (N, 3, R, R) float, labels (N,)). `about` is added to the record.
 
     `run_dir` also gets history.jsonl (a line per epoch, minival with the EMA weights), test_correct.npy (per image,
-    EMA weights) and checkpoint.pt (everything after each epoch; in the end the EMA weights alone). Calling again
-    continues an interrupted run, and returns the record of a finished, failed or diverged one.
+    EMA weights), in the end weights.safetensors (EMA), and until then the last two checkpoints. Calling again
+    continues an interrupted run as if nothing had happened, and returns the record of a finished, failed or diverged
+    one. In time for `deadline` (Unix time; default $EFFNET_DEADLINE), or on SIGTERM or SIGINT, it stops at the next
+    step with a checkpoint and raises Interrupted.
 
     Called in each of several processes of torch's elastic launcher (torchrun), it trains one network on all their
     devices; `data.train_batches` then takes shard=(rank, processes) too. There memory running out raises the error, and
-    starting all of them again goes on after the last epoch with half the micro-batch.
+    starting all of them again goes on after the last checkpoint with half the micro-batch.
 
     Raises ValueError if run_dir holds a run of another config, model or data, or a batch exceeds the training
-    set; RuntimeError if another process holds run_dir. Any other error ends the run with status "failed".
+    set; RuntimeError if another process holds run_dir; OSError if a file cannot be read or written, which
+    leaves the run to be continued. Any other error ends it with status "failed".
     """
     run_dir, about = Path(run_dir), dict(about or {})
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -443,35 +532,40 @@ def train(
     identity |= {"dataset": {"fingerprint": dataset["fingerprint"]}}
     run_dir.mkdir(parents=True, exist_ok=True)
     device, first, several = _join(device)
-    try:
-        with filelock.FileLock(run_dir / ".lock", blocking=False) if first else contextlib.nullcontext():
-            record = read_record(run_dir)
-            if record is not None:
-                _check_identity(run_dir / "run.json", record, identity)
-                return record
-            checkpoint = read_checkpoint(run_dir / "checkpoint.pt")
-            if checkpoint is not None:
-                _check_identity(run_dir / "checkpoint.pt", checkpoint["identity"], identity)
-            label = f"{about.get('method', 'run'):<10} seed {config.seed}"
-            head = {"schema": SCHEMA_VERSION, "status": "failed", **about, "seed": config.seed}
-            head |= {"config": dataclasses.asdict(config), "cost": cost, "dataset": dataset}
-            head |= environment(device)  # the code that runs, not what it becomes
-            try:
-                record = head | _train(model, data, config, run_dir, device, label, checkpoint, identity)
-            except Exception as error:
-                if not several:  # else it may be the echo of another process's error: for the launcher to judge
-                    write_json(run_dir / "run.json", head | {"error": f"{type(error).__name__}: {error}"})
-                raise
-            if first:
-                write_json(run_dir / "run.json", record)
-                if record["status"] == "finished":  # keep the EMA weights; optimizer and raw weights triple the size
-                    last = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-                    write_torch(run_dir / "checkpoint.pt", {name: last[name] for name in ("ema", "identity")})
-            if several:
-                dist.barrier()
-            return read_record(run_dir)
-    except filelock.Timeout:
-        raise RuntimeError(f"{run_dir} is held by another process, which is training this run now") from None
+    with hold(run_dir) if first else contextlib.nullcontext():
+        record = read_record(run_dir)
+        if record is not None:
+            _check_identity(run_dir / "run.json", record, identity)
+            _tidy(run_dir, record)
+            return record
+        checkpoint = read_checkpoint(
+            run_dir, lambda path, checkpoint: _check_identity(path, checkpoint["identity"], identity)
+        )
+        label = f"{about.get('method', 'run'):<10} seed {config.seed}"
+        head = {"status": "failed", **about, "seed": config.seed}
+        head |= {"config": dataclasses.asdict(config), "cost": cost, "dataset": dataset}
+        head |= environment(device)  # the code that runs, not what it becomes
+        try:
+            with _Stop(deadline) as stop:
+                record = head | _train(model, data, config, run_dir, device, label, checkpoint, identity, stop)
+        except OSError:  # a full disk, a folder that is gone: the machine's failure, not the run's
+            raise
+        except Exception as error:
+            if not several:  # else it may be the echo of another process's error: for the launcher to judge
+                write_record(run_dir, head | {"error": f"{type(error).__name__}: {error}"})
+            raise
+        if first:
+            write_record(run_dir, record)
+            _tidy(run_dir, record)
+        if several:
+            dist.barrier()
+        return read_record(run_dir)
+
+
+def _tidy(run_dir: Path, record: Mapping) -> None:
+    """A finished run has its weights, and needs no checkpoint any more."""
+    for name in CHECKPOINTS if record["status"] == "finished" else ():
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def _join(device: torch.device) -> tuple[torch.device, bool, bool]:
@@ -492,6 +586,7 @@ def _join(device: torch.device) -> tuple[torch.device, bool, bool]:
 
 def launch(processes: int, work: Callable, arguments: tuple, run_dir: Path) -> str | None:
     """Call work(*arguments), which trains `run_dir`, in several processes. Returns None, or what one of them failed of.
+    Raises Interrupted if they were, as `work` then says by returning why.
 
     One that runs out of memory ends them all: then again with its smaller micro-batch, from the last checkpoint.
     """
@@ -504,8 +599,12 @@ def launch(processes: int, work: Callable, arguments: tuple, run_dir: Path) -> s
         try:
             with tempfile.TemporaryDirectory() as logs:  # through which a notebook gets what the processes print
                 options["logs_specs"] = DefaultLogsSpecs(logs, tee=Std.ALL)
-                elastic_launch(LaunchConfig(nproc_per_node=processes, **options), work)(*arguments)
+                said = elastic_launch(LaunchConfig(nproc_per_node=processes, **options), work)(*arguments)
+            if said and said[0] is not None:
+                raise Interrupted(said[0])
             return None
+        except SignalException as error:  # the launcher has passed it on, and waited
+            raise Interrupted(f"{run_dir.name} stopped by {error.sigval.name}") from None
         except ChildFailedError as error:
             if smaller.exists() and smaller.read_text() != before:
                 continue
@@ -514,65 +613,102 @@ def launch(processes: int, work: Callable, arguments: tuple, run_dir: Path) -> s
             return f"process {rank} of {processes}: {said}"
 
 
-def _train(model, data, config, run_dir, device, label, checkpoint, identity) -> dict:
+def _train(model, data, config, run_dir, device, label, checkpoint, identity, stop) -> dict:
     """The loop of `train`: what the record says of how it went."""
     trainer, data = Trainer(model, config, device), data.to(device)
-    progress = {"history": [], "started": datetime.now(UTC).isoformat(timespec="seconds")}
-    # Without the raw weights it is of a finished run whose record was deleted: that asks for a new run
-    if checkpoint is not None and "model" in checkpoint:
+    progress = {"history": [], "step": 0, "loss": 0.0, "seconds": 0.0}  # the last three: of the epoch that is under way
+    progress |= {"started": datetime.now(UTC).isoformat(timespec="seconds"), "micro_batch": trainer.micro_batch}
+    if checkpoint is not None:
         trainer.load_state_dict(checkpoint)
         progress = checkpoint["progress"]
         trainer.micro_batch = min(trainer.micro_batch, progress["micro_batch"])
-        print(f"{label}  continues after epoch {len(progress['history'])}", flush=True)
+        epochs, step = len(progress["history"]), progress["step"]
+        print(f"{label}  continues after epoch {epochs}" + (f", step {step}" if step else ""), flush=True)
     smaller = run_dir / "micro_batch"  # left by one of several processes that ran out of memory
     if smaller.exists():
         trainer.micro_batch = min(trainer.micro_batch, int(smaller.read_text()))
-    history, first = progress["history"], trainer.rank == 0
+    history, first, saved, to_save = progress["history"], trainer.rank == 0, time.monotonic(), 1.0
     shard = {} if trainer.world == 1 else {"shard": (trainer.rank, trainer.world)}
     steps = data.counts["train"] // config.batch_size
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
+    def save() -> None:
+        nonlocal saved, to_save
+        begin = time.monotonic()
+        progress["micro_batch"] = trainer.micro_batch
+        if first:
+            write_checkpoint(run_dir, trainer.state_dict() | {"progress": progress, "identity": identity})
+        saved = time.monotonic()
+        to_save = saved - begin
+
+    def pause() -> None:
+        save()
+        epochs, step = len(history), progress["step"]
+        raise Interrupted(f"{label}  stopped by {stop.reason} in epoch {epochs + 1} after step {step} of {steps}")
+
+    def between() -> None:  # two batches of scoring
+        if trainer.world == 1 and stop.due(to_save):
+            pause()
+
     for epoch in range(len(history), config.epochs):
-        begin, train_loss = time.perf_counter(), torch.zeros((), device=device)
-        batches = data.train_batches(config, epoch, **shard)
+        begin, loss = time.perf_counter() - progress["seconds"], torch.full((), progress["loss"], device=device)
+        batches = data.train_batches(config, epoch, progress["step"], **shard)
         quiet = not (first and sys.stdout.isatty())
-        for step, (images, labels) in enumerate(
-            tqdm(batches, f"{label}  epoch {epoch + 1}", steps, False, disable=quiet)
-        ):
+        bar = tqdm(batches, f"{label}  epoch {epoch + 1}", steps, False, initial=progress["step"], disable=quiet)
+        for step, (images, labels) in enumerate(bar, progress["step"] + 1):
             try:
-                train_loss += trainer.step(images, labels, epoch, step, steps)
+                loss += trainer.step(images, labels, epoch, step - 1, steps)
             except RuntimeError as error:
                 if trainer.world > 1 and _out_of_memory(error):
                     replace_file(smaller, lambda file: file.write_text(str(trainer.micro_batch)))
                 raise
-            # Reading the loss waits for the device, so only now and then
-            if (step % 50 == 0 or step == steps - 1) and not math.isfinite(trainer.mean(train_loss)):
-                lr = trainer.optimizer.param_groups[0]["lr"]
-                print(f"{label}  diverged in epoch {epoch + 1}, step {step + 1}, at LR {lr:.3g}", flush=True)
-                diverged = {"epoch": epoch + 1, "step": step + 1, "lr": lr}
+            by_steps = config.save_steps > 0 and step % config.save_steps == 0
+            if trainer.world > 1 and step % 10 and not by_steps and step != steps:
+                continue  # several processes have to meet for what follows
+            stopping, by_time = trainer.any(stop.due(to_save)), time.monotonic() - saved > config.save_seconds
+            saving = trainer.any(by_time or by_steps)
+            if not (stopping or saving or step % 50 == 0 or step == steps):
+                continue
+            if (bad := trainer.diverged()) >= 0:  # this waits for the device, so only now and then
+                lr = learning_rate(config, (bad + 0.5) / (config.epochs * steps))
+                diverged = {"epoch": bad // steps + 1, "step": bad % steps + 1, "lr": lr}
+                print(
+                    "{}  diverged in epoch {epoch}, step {step}, at LR {lr:.3g}".format(label, **diverged), flush=True
+                )
                 return {"status": "diverged", "diverged": diverged} | _closing(trainer, progress)
-        train_seconds, train_loss = time.perf_counter() - begin, trainer.mean(train_loss) / steps
-        row = {"epoch": epoch + 1, "lr": trainer.optimizer.param_groups[0]["lr"], "train_loss": train_loss}
+            progress |= {"step": step, "loss": trainer.mean(loss), "seconds": time.perf_counter() - begin}
+            if stopping:
+                pause()
+            if saving and step != steps:
+                save()
+        row = {
+            "epoch": epoch + 1,
+            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "train_loss": progress["loss"] / steps,
+        }
         if first:  # the others wait for it at their next step
-            minival = evaluate(trainer.ema, data, "minival", config.resolution, precision=config.precision)
+            options = {"precision": config.precision, "between": between}
+            minival = evaluate(trainer.ema, data, "minival", config.resolution, **options)
             row |= {f"minival_{name}": minival[name] for name in ("top1", "top5", "loss")}
-        row |= {"images_per_second": steps * config.batch_size / train_seconds, "seconds": time.perf_counter() - begin}
-        history.append(row)
-        progress["micro_batch"] = trainer.micro_batch
+        row |= {"images_per_second": steps * config.batch_size / progress["seconds"]}
+        history.append(row | {"seconds": time.perf_counter() - begin})
+        progress |= {"step": 0, "loss": 0.0, "seconds": 0.0}
         if first:
-            write_torch(run_dir / "checkpoint.pt", trainer.state_dict() | {"progress": progress, "identity": identity})
             lines = "".join(json.dumps(row) + "\n" for row in history)
             replace_file(run_dir / "history.jsonl", lambda path, lines=lines: path.write_text(lines))
             print(_epoch_line(label, history, config.epochs), flush=True)
+        save()
 
     if not first:
         return {}
-    begin = time.perf_counter()
-    test = evaluate(trainer.ema, data, "test", config.resolution, precision=config.precision)
+    begin, options = time.perf_counter(), {"precision": config.precision, "between": between}
+    test = evaluate(trainer.ema, data, "test", config.resolution, **options)
     raw = copy.deepcopy(trainer.model)  # without the compiled code, which is for batches of the training's shape
-    raw = evaluate(raw, data, "test", config.resolution, precision=config.precision)
-    np.save(run_dir / "test_correct.npy", test.pop("correct"))
+    raw = evaluate(raw, data, "test", config.resolution, **options)
+    correct = test.pop("correct")
+    replace_file(run_dir / "test_correct.npy", lambda path: path.write_bytes(_npy(correct)))
+    write_weights(run_dir / WEIGHTS, trainer.ema.state_dict())
     del raw["correct"]
     progress["test_seconds"] = time.perf_counter() - begin
     smaller.unlink(missing_ok=True)
@@ -580,15 +716,21 @@ def _train(model, data, config, run_dir, device, label, checkpoint, identity) ->
     return {"status": "finished", "test": test, "test_raw": raw} | _closing(trainer, progress)
 
 
+def _npy(array: np.ndarray) -> bytes:
+    body = io.BytesIO()
+    np.save(body, array)
+    return body.getvalue()
+
+
 # ---- 3. Records ----------------------------------------------------------------------------------------------------
 
 
 def load_trained(run_dir: str | Path, model: nn.Module) -> nn.Module:
     """`model` with the final EMA weights of a finished run, in evaluation mode."""
-    path = Path(run_dir) / "checkpoint.pt"
+    path = Path(run_dir) / WEIGHTS
     if not path.exists() or read_record(run_dir) is None:
-        raise FileNotFoundError(f"{path} of a finished run is not there (checkpoints are not committed): run it first")
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["ema"])
+        raise FileNotFoundError(f"{path} of a finished run is not there (weights are not committed): run it first")
+    model.load_state_dict(safetensors.torch.load_file(path))
     return model.eval()
 
 
@@ -596,7 +738,8 @@ def recipe(config: Mapping) -> dict:
     """What of a record's config decides its result: with the defaults of settings younger than the record, without
     those that only say how it is executed."""
     settings = dataclasses.asdict(TrainConfig()) | dict(config)
-    return {name: value for name, value in settings.items() if name not in ("compile", "checkpointing")}
+    execution = ("compile", "checkpointing", "deterministic", "save_seconds", "save_steps")
+    return {name: value for name, value in settings.items() if name not in execution}
 
 
 def _check_identity(path: Path, found: dict, expected: dict) -> None:
@@ -635,187 +778,3 @@ def _closing(trainer: Trainer, progress: dict) -> dict:
         "started": progress["started"],
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-# ---- 4. Speed ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A network and how it is trained, for `measure`: ours by `Trainer`, a peer's B0 as its users would train it."""
-
-    source: str = "ours"  # ours, torchvision or timm
-    resolution: int = 224
-    batch_size: int = 128
-    scaling: Scaling = TABLE7["baseline"]  # of ours
-    short_cuts: bool = True  # ours: on a CPU, those of Conv2d and SqueezeExcitation
-    channels_last: bool = True  # a peer's memory layout; ours is always so
-    keep_memory: bool = True  # a peer's process calls keep_freed_memory; ours always does
-    compiled: bool = False
-
-    def __post_init__(self) -> None:
-        if self.source not in ("ours", "torchvision", "timm"):
-            raise unknown_name("source", self.source, ("ours", "torchvision", "timm"))
-
-    def calls(self, device: torch.device) -> dict[str, Callable[[], object]]:
-        """What is timed, each up to its end and without waiting for the device: forward; gradient (forward and
-        backward); step (gradient and optimizer, ours with the moving average). Random images, SGD with momentum, 1000
-        classes, mixed precision on a GPU."""
-        images = torch.randn(self.batch_size, 3, self.resolution, self.resolution, device=device)
-        labels = torch.randint(1000, (self.batch_size,), device=device)
-        return (self._ours if self.source == "ours" else self._peer)(images, labels, device)
-
-    def _ours(self, images: Tensor, labels: Tensor, device: torch.device) -> dict[str, Callable[[], object]]:
-        compiling = "always" if self.compiled else "never"
-        config = TrainConfig(self.resolution, batch_size=self.batch_size, optimizer="sgd", lr=0.01, compile=compiling)
-        if not self.short_cuts:  # in this process
-            effnet_model._by_hand = lambda x: False
-        trainer = Trainer(EfficientNet(self.scaling, 1000, **config.model_options()), config, device)
-        images = images.contiguous(memory_format=torch.channels_last)
-
-        def forward() -> Tensor:
-            with _autocast("auto", device):
-                return trainer.shared(images)
-
-        def gradient() -> None:
-            trainer.backward(images, labels)
-            trainer.optimizer.zero_grad(set_to_none=True)
-
-        return {"forward": forward, "gradient": gradient, "step": lambda: trainer.step(images, labels, 0, 1, 10**6)}
-
-    def _peer(self, images: Tensor, labels: Tensor, device: torch.device) -> dict[str, Callable[[], object]]:
-        if self.source == "timm":
-            from timm import create_model  # only the benchmark needs it
-
-            model = create_model("efficientnet_b0", drop_rate=0.2, drop_path_rate=0.2)
-        else:
-            model = get_model("efficientnet_b0", weights=None)
-        if self.keep_memory and device.type == "cpu":
-            keep_freed_memory()
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        model, images = model.train().to(device, memory_format=layout), images.contiguous(memory_format=layout)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        model = torch.compile(model) if self.compiled else model
-
-        def forward() -> Tensor:
-            with _autocast("auto", device):
-                return model(images)
-
-        def backward() -> None:
-            with _autocast("auto", device):
-                loss = F.cross_entropy(model(images), labels)
-            loss.backward()
-
-        def gradient() -> None:
-            backward()
-            optimizer.zero_grad(set_to_none=True)
-
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            backward()
-            optimizer.step()
-
-        return {"forward": forward, "gradient": gradient, "step": step}
-
-
-def measure(
-    contenders: Mapping[str, Contender],
-    device: str,
-    *,
-    rounds: int = 15,
-    repeat: int = 1,
-    parts: Sequence[str] = ("step",),
-) -> tuple[list[dict], dict[str, dict]]:
-    """Time the contenders side by side, each in a process of its own, one at a time, in a new random order every round.
-
-    Returns rows {"contender", "round", "part", "seconds"} (of one call, the mean of `repeat`), and by contender
-    {"first_seconds"} (the first step, with all compiling) and {"peak_memory_bytes"}. RuntimeError if one fails.
-    """
-    context, order, rows, about = multiprocessing.get_context("spawn"), random.Random(0), [], {}
-    pipes, processes = {}, []
-    try:
-        for name, contender in contenders.items():
-            pipes[name], theirs = context.Pipe()
-            arguments = (theirs, contender, device, torch.get_num_threads())
-            processes.append(context.Process(target=_serve, args=arguments, daemon=True))
-            processes[-1].start()
-            theirs.close()
-        for name in contenders:
-            pipes[name].send("begin")
-            about[name] = {"first_seconds": _answer(name, pipes[name])}
-        for turn in range(rounds + 1):  # the first one warms up
-            for name in order.sample(list(contenders), len(contenders)):
-                for part in parts:
-                    pipes[name].send((part, repeat))
-                    row = {"contender": name, "round": turn, "part": part, "seconds": _answer(name, pipes[name])}
-                    rows += [row] if turn else []
-        for name in contenders:
-            pipes[name].send(None)
-            about[name]["peak_memory_bytes"] = _answer(name, pipes[name])
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-    return rows, about
-
-
-def _answer(name: str, pipe) -> float:
-    try:
-        answer = pipe.recv()
-    except EOFError:
-        answer = "its process died, perhaps for want of memory"
-    if isinstance(answer, str):
-        raise RuntimeError(f"benchmark of {name}: {answer}")
-    return answer
-
-
-def _serve(pipe, contender: Contender, device: str, threads: int) -> None:
-    """A contender's process: tells the seconds of its first step, then of each call asked for, then its memory."""
-    device = torch.device(device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    torch.set_num_threads(threads)
-
-    def seconds(call: Callable[[], object], repeat: int, warm: bool = True) -> float:
-        if warm:  # another process had the caches until now
-            call()
-        wait()
-        begin = time.perf_counter()
-        for _ in range(repeat):
-            call()
-        wait()
-        return (time.perf_counter() - begin) / repeat
-
-    try:
-        pipe.recv()  # until it is this one's turn to start
-        calls = contender.calls(device)
-        pipe.send(seconds(calls["step"], 1, warm=False))
-        while (order := pipe.recv()) is not None:
-            pipe.send(seconds(calls[order[0]], order[1]))
-        pipe.send(peak_memory(device))
-    except Exception as error:
-        pipe.send(f"{type(error).__name__}: {error}")
-
-
-def estimate_seconds(model: nn.Module, data, config: TrainConfig, device: torch.device, budget: float = 10) -> float:
-    """What `train` will take here, scoring included, from as many steps as `budget` seconds allow, two at least."""
-    begin = time.perf_counter()
-    trainer, data = Trainer(model, config, device), data.to(device)
-    steps, marks = data.counts["train"] // config.batch_size, []
-    for step, (images, labels) in enumerate(data.train_batches(config, 0)):
-        trainer.step(images, labels, 0, step, steps).item()  # waits for the device
-        marks.append(time.perf_counter())
-        if step and marks[-1] - begin > 0.8 * budget:
-            break
-    trainer.ema.eval()
-    images, _ = next(data.eval_batches("minival", config.resolution, 256))
-    with torch.no_grad(), _autocast(config.precision, device):
-        (trainer.ema(images) + trainer.ema(images)).sum().item()
-    score = (time.perf_counter() - marks[-1]) / 2 / len(images)  # of one image
-    first, step = marks[0] - begin, float(np.median(np.diff(marks))) if len(marks) > 1 else marks[0] - begin
-    return (
-        first
-        + config.epochs * steps * step
-        + score * (config.epochs * data.counts["minival"] + 2 * data.counts["test"])
-    )

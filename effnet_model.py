@@ -540,26 +540,49 @@ def count_cost(model: nn.Module, resolution: int) -> Cost:
     """
     if not isinstance(resolution, int) or resolution < 1:
         raise ValueError(f"resolution: expected a whole number of pixels, at least 1, got {resolution!r}")
-    model = copy.deepcopy(model).to("meta").eval()
+    return _count(copy.deepcopy(model).to("meta"), (1, 3, resolution, resolution))
+
+
+def _count(model: nn.Module, shape: tuple[int, ...]) -> Cost:
+    """Cost of a module on the meta device, whose hooks stay, for an input (1, C, H, W)."""
     activations = 0
 
     def add_output(module: nn.Module, inputs: tuple, output: Tensor) -> None:
         nonlocal activations
         activations += output.numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0
 
-    for module in model.modules():
+    for module in model.eval().modules():
         module.register_forward_hook(add_output)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, 3, resolution, resolution, device="meta"))
+        model(torch.empty(shape, device="meta"))
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, activations)
 
 
-@cache
 def scaled_cost(scaling: Scaling, base_resolution: int = 224, num_classes: int = 1000, stem_stride: int = 2) -> Cost:
-    """Cost of the network that `scaling` makes of B0, at its own resolution."""
+    """Cost of the network that `scaling` makes of B0, at its own resolution.
+
+    As count_cost's, but for any depth at once: a stage's layers after its first all cost the same.
+    """
+    pixels = round_resolution(scaling.resolution, base_resolution)
+    shallow, further = _layer_costs(scaling.width, pixels, num_classes, stem_stride)
+    repeats = [round_repeats(stage.layers, scaling.depth) - 1 for stage in STAGES]
+    parts = [(1, shallow), *zip(repeats, further, strict=True)]
+    return Cost(*(sum(n * getattr(cost, f.name) for n, cost in parts) for f in dataclasses.fields(Cost)))
+
+
+@cache
+def _layer_costs(width: float, pixels: int, num_classes: int, stem_stride: int) -> tuple[Cost, list[Cost]]:
+    """Cost of the network with one layer in each stage, and of one further layer of each stage."""
+    side, further = math.ceil(pixels / stem_stride), []
     with torch.device("meta"):
-        model = EfficientNet(scaling, num_classes, stem_stride=stem_stride)
-    return count_cost(model, round_resolution(scaling.resolution, base_resolution))
+        shallow = _count(
+            EfficientNet(Scaling(1e-6, width), num_classes, stem_stride=stem_stride), (1, 3, pixels, pixels)
+        )
+        for stage in STAGES:
+            side, channels = math.ceil(side / stage.stride), round_filters(stage.channels, width)
+            layer = MBConv(channels, channels, stage.expand, stage.kernel, 1, 0.0)
+            further.append(_count(layer, (1, channels, side, side)))
+    return shallow, further
 
 
 # ---- 4. Reading a network ------------------------------------------------------------------------------------------

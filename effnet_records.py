@@ -3,32 +3,90 @@
 Nothing here knows of networks or of training. effnet_lib and effnet_study pass its names on.
 """
 
+import contextlib
+import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import re
 import resource
 import subprocess
-from functools import partial
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
+import filelock
 import pandas as pd
+import safetensors.torch
 import torch
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
 
-SCHEMA_VERSION = 1  # of run.json
+SCHEMA_VERSION = 2  # of run.json; 1 had no digest
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # newest first
+WEIGHTS = "weights.safetensors"
 
 
-def replace_file(path: Path, write) -> None:
-    """Call write(file) on a file beside `path`, flush it to the disk, rename it over `path`: old or new, never half."""
+def _has(**kinds: object) -> dict:
+    """JSON schema of an object that has at least these entries."""
+    properties = {name: kind if isinstance(kind, dict) else {"type": kind} for name, kind in kinds.items()}
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+_SCORES, _POSITIVE = _has(top1="number", top5="number", loss="number"), {"type": "number", "exclusiveMinimum": 0}
+_COUNT = {"type": "integer", "minimum": 0}
+_BY_STATUS = {
+    "finished": _has(
+        cost=_has(params=_COUNT, flops=_COUNT, activations=_COUNT),
+        dataset=_has(title="string", classes=_COUNT, counts=_has(train=_COUNT, minival=_COUNT, test=_COUNT)),
+        device=_has(name="string"),
+        git=_has(commit=["string", "null"]),
+        test=_SCORES,
+        test_raw=_has(top1="number"),
+        minival=_has(top1="number"),
+        **dict.fromkeys(("seconds", "images_per_second"), _POSITIVE),
+        **dict.fromkeys(("peak_memory_bytes", "micro_batch"), _COUNT),
+        **dict.fromkeys(("started", "ended"), "string"),
+    ),
+    "diverged": _has(diverged=_has(epoch=_COUNT, step=_COUNT, lr="number")),
+    "failed": _has(error="string"),
+}
+# What every reader of run.json may rely on, in both versions; more entries are welcome
+RUN_SCHEMA = _has(status={"enum": list(_BY_STATUS)}, seed=_COUNT, config="object")
+RUN_SCHEMA["allOf"] = [
+    {"if": {"properties": {"status": {"const": status}}}, "then": entries} for status, entries in _BY_STATUS.items()
+]
+
+
+def replace_file(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
+    """Call write(file) on a file beside `path`, flush it to the disk, rename it over `path`: old or new, never half.
+
+    keep: where the old one goes.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        write(unfinished)
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
+        try:
+            write(unfinished)
+        except OSError as error:  # of a full disk it does not say which file
+            raise OSError(error.errno, error.strerror, str(error.filename or path)) from None
+        _flush(unfinished)
+        if keep is not None and path.exists():
+            path.replace(keep)
         unfinished.replace(path)
+        _flush(path.parent)  # the names too
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -36,34 +94,120 @@ def write_json(path: Path, value: object) -> None:
     replace_file(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n"))
 
 
-def write_torch(path: Path, value: object) -> None:
-    """torch.save, whole or not at all."""
-    replace_file(path, partial(torch.save, value))
+# ---- Who is at it
+
+
+@contextlib.contextmanager
+def hold(run_dir: Path) -> Iterator[None]:
+    """Hold a run's folder, alone; what a killed holder left unfinished is removed. RuntimeError names another holder.
+
+    The lock is the operating system's, so that of a process that died is free; .holder only says whose it is.
+    """
+    try:
+        with filelock.FileLock(run_dir / ".lock", timeout=1):  # longer than holder_of takes
+            for unfinished in run_dir.glob(".*.partial"):
+                unfinished.unlink(missing_ok=True)
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+                (run_dir / ".holder").write_text(f"process {os.getpid()} on {platform.node()}, since {since}")
+            yield
+    except filelock.Timeout:
+        holder = holder_of(run_dir)
+        raise RuntimeError(f"{run_dir} is held by another process, which is training this run now: {holder}") from None
+
+
+def holder_of(run_dir: Path) -> str | None:
+    """Who trains a run now, in words; None if nobody does."""
+    if not (run_dir / ".lock").exists():
+        return None
+    try:
+        with filelock.FileLock(run_dir / ".lock", blocking=False):
+            return None
+    except filelock.Timeout:
+        path = run_dir / ".holder"
+        return path.read_text() if path.exists() else "unknown"
+
+
+# ---- run.json
+
+
+def _digest(record: Mapping) -> str:
+    entries = {name: value for name, value in record.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(run_dir: Path, record: Mapping) -> None:
+    """Write run.json with its schema's version and a digest of all it says."""
+    record = {"schema": SCHEMA_VERSION, **record}
+    write_json(run_dir / "run.json", record | {"sha256": _digest(record)})
 
 
 def read_record(run_dir: str | Path) -> dict | None:
-    """A run's record, or None if the run has not ended. Raises ValueError for a damaged file."""
+    """A run's record, or None if the run has not ended. Raises ValueError for one that is damaged or was edited."""
     path = Path(run_dir) / "run.json"
     if not path.exists():
         return None
     try:
         record = json.loads(path.read_text())
-        if record["schema"] == SCHEMA_VERSION:
-            return record
-        raise ValueError(f"schema {record['schema']!r}, expected {SCHEMA_VERSION}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); restore it, or delete it to run again") from None
+        if isinstance(record, dict) and record.get("schema") not in (1, SCHEMA_VERSION):
+            raise ValueError(f"schema {record.get('schema')!r}, expected 1 or {SCHEMA_VERSION}")
+        problem = best_match(Draft202012Validator(RUN_SCHEMA).iter_errors(record))
+        if problem is not None:
+            raise ValueError(f"{problem.json_path}: {problem.message}")
+        if record["schema"] > 1 and record.get("sha256") != _digest(record):
+            raise ValueError("its digest does not match: it was changed after it was written")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or delete it to run again") from None
+    return record
 
 
-def read_checkpoint(path: Path) -> dict | None:
-    """A checkpoint, or None if there is none; one that cannot be read is told and counts as none."""
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a torn or foreign file
-        print(f"{path} is unreadable ({type(error).__name__}: {error}); starting this run anew", flush=True)
-        return None
+# ---- Checkpoints and weights
+
+
+def write_checkpoint(run_dir: Path, state: Mapping) -> None:
+    """Write checkpoint.pt with torch.save, and keep the one before it. A zip archive, its entries have checksums."""
+    body = io.BytesIO()  # torch's own writer to a file makes an unnamed error of a full disk
+    torch.save(dict(state), body)
+    newest, previous = (run_dir / name for name in CHECKPOINTS)
+    replace_file(newest, lambda file: file.write_bytes(body.getbuffer()), keep=previous)
+
+
+def read_checkpoint(run_dir: Path, check: Callable[[Path, dict], None]) -> dict | None:
+    """The newest checkpoint that is whole and that `check` does not refuse; None if there is none, or none is whole.
+
+    Those passed over are told with the reason. Raises check's ValueError if it refused all that are whole.
+    """
+    refused = None
+    for path in (run_dir / name for name in CHECKPOINTS):
+        if not path.exists():
+            continue
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if (entry := archive.testzip()) is not None:
+                    raise ValueError(f"the checksum of {entry} is wrong")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # never unpickles code
+            checkpoint["model"], checkpoint["identity"], checkpoint["progress"]
+        except Exception as error:  # torch raises many kinds for a torn or foreign file
+            print(f"{path} is not used: unreadable ({type(error).__name__}: {error})", flush=True)
+            continue
+        try:
+            check(path, checkpoint)
+            return checkpoint
+        except ValueError as error:
+            print(f"{path} is not used: {error}", flush=True)
+            refused = refused or error
+    if refused is not None:
+        raise refused
+    return None
+
+
+def write_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    body = safetensors.torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+    replace_file(path, lambda file: file.write_bytes(body))
+
+
+# ---- What a machine says of itself
 
 
 def device_name(device: torch.device) -> str:
@@ -106,13 +250,17 @@ def git_state() -> dict:
         return {"commit": os.environ.get("EFFNET_COMMIT"), "dirty": None}
 
 
+# ---- Figures and tables
+
+
 def save_figure(figure, path: str | Path) -> None:
     """Write a figure as path.svg, .pdf and .png, the same bytes for the same figure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
     for suffix, metadata in undated.items():
-        figure.savefig(path.with_suffix(f".{suffix}"), metadata=metadata)
+        options = {"format": suffix, "metadata": metadata}
+        replace_file(path.with_suffix(f".{suffix}"), lambda file, options=options: figure.savefig(file, **options))
 
 
 def save_table(table: pd.DataFrame, path: str | Path) -> None:

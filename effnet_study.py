@@ -1,398 +1,156 @@
-"""The study: profiles, planned runs, execution of the notebooks, and the `effnet` command.
+"""The study: statistics, execution of the notebooks, and the `effnet` command.
 
 profiles/NAME.yaml says what is compared on which images by which recipe. `effnet study NAME` executes one
 notebook per method and seed, each of which trains one network and writes results/NAME/runs/...; then the analysis
-notebook reads all run records and writes tables, figures and verdicts.
+notebook reads all run records and writes tables, figures and verdicts. Profiles and runs, all passed on here, are in
+effnet_runs.py.
 """
 
 import argparse
 import ast
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache, cached_property
 from pathlib import Path
 
-import filelock
 import nbformat
+import numpy as np
 import pandas as pd
 import torch
 import yaml
-from torch.distributed.elastic.multiprocessing.errors import record as elastic_record
+from scipy import stats
 
-from effnet_data import CLASS_COUNTS, ImageData, load_data
+from effnet_data import load_data
 from effnet_lib import (
-    SCHEMA_VERSION,
+    CHECKPOINTS,
     TABLE7,
     VARIANTS,
-    Cost,
-    EfficientNet,
-    Scaling,
-    TrainConfig,
+    Interrupted,
     device_name,
-    estimate_seconds,
-    launch,
-    match_flops,
+    holder_of,
     read_record,
-    recipe,
     round_resolution,
     scaled_cost,
-    train,
     unknown_name,
-    write_json,
 )
 from effnet_records import save_figure, save_table  # noqa: F401 - passed on to the notebooks
-from effnet_statistics import (  # noqa: F401 - passed on to the notebooks
-    MARGIN,
-    holm,
-    overall,
-    paired_bootstrap,
-    t_interval,
-    verdict,
-    welch_holm,
+from effnet_runs import (  # noqa: F401 - some of them only passed on
+    COLORS,
+    NOTEBOOKS,
+    PAPER_TABLE7,
+    PURPOSES,
+    RESULTS,
+    ROOT,
+    TRAINED_BY,
+    Profile,
+    Run,
+    ending,
+    load_history,
+    load_pilots,
+    load_profile,
+    load_runs,
+    pilot,
+    plan_runs,
+    profile_names,
+    rerun,
 )
+from effnet_speed import estimate_seconds
 
-ROOT = Path(__file__).resolve().parent
-NOTEBOOKS, RESULTS = ROOT / "notebooks", ROOT / "results"
 STYLE = NOTEBOOKS / "study.mplstyle"  # for matplotlib: plt.style.use(study.STYLE)
-
-# The notebook that trains each method, and the method's colour (Okabe and Ito's, told apart by the colour-blind).
-TRAINED_BY = {
-    "baseline": "01_baseline_b0",
-    **dict.fromkeys(["depth", "width", "resolution"], "02_single_axis_scaling"),
-    **dict.fromkeys(["depth_matched", "width_matched", "resolution_matched"], "02_single_axis_scaling"),
-    "compound": "04_compound_scaling",
-}
-COLORS = {
-    "baseline": "#000000",
-    **dict.fromkeys(["depth", "depth_matched"], "#0072B2"),
-    **dict.fromkeys(["width", "width_matched"], "#E69F00"),
-    **dict.fromkeys(["resolution", "resolution_matched"], "#009E73"),
-    "compound": "#D55E00",
-}
-# Table 7 as published: FLOPs (multiply-adds) and ImageNet top-1 in percent. arXiv 1905.11946v5.
-PAPER_TABLE7 = {
-    "baseline": (0.4e9, 77.3),
-    "depth": (1.8e9, 79.0),
-    "width": (1.8e9, 78.9),
-    "resolution": (1.9e9, 79.1),
-    "compound": (1.8e9, 81.1),
-}
-PURPOSES = {
-    "check": "pipeline check, not evidence",
-    "exploratory": "exploratory: fewer seeds, data or epochs than a claim needs",
-    "evidence": "evidence, by the rules fixed before the runs",
-}
+MARGIN = 0.5  # points of top-1 within which two methods count as equal
+STARTING = 20  # seconds: with less of its time left, a study starts no further notebook
+TRY_AGAIN = os.EX_TEMPFAIL  # exit status 75: stopped in time, to be continued by the same command
 
 
-# ---- 1. Profiles and planned runs ----------------------------------------------------------------------------------
+# ---- 1. Statistics -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Profile:
-    """One study: what is compared, on which images, by which recipe. Made by `load_profile`."""
-
-    name: str
-    title: str
-    purpose: str  # one of PURPOSES
-    data: dict  # arguments of load_data
-    base_resolution: int  # pixels at resolution coefficient 1
-    stem_stride: int
-    methods: tuple[str, ...]
-    seeds: tuple[int, ...]
-    train: dict  # TrainConfig, without resolution and seed
-    devices: int | str = 1  # processes that share each batch of a run, or "auto": one for every GPU
-
-    @property
-    def stamp(self) -> str:
-        """What every table and figure of this study must say of itself."""
-        return PURPOSES[self.purpose]
-
-    @property
-    def num_classes(self) -> int:
-        known = self.data.get("classes") or CLASS_COUNTS.get(self.data["name"])
-        if known is None:
-            raise ValueError(f"{self.name}: data: say how many classes {self.data['name']} has (classes: N)")
-        return known
-
-    def scaling(self, method: str) -> Scaling:
-        """The method's coefficients: the paper's, or for NAME_matched those that cost as much as compound."""
-        axis, _, matched = method.partition("_")
-        if method not in TRAINED_BY:
-            raise unknown_name("method", method, TRAINED_BY)
-        if not matched:
-            return TABLE7[method]
-        return _matched(axis, self.base_resolution, self.num_classes, self.stem_stride)
-
-    def config(self, method: str, seed: int) -> TrainConfig:
-        """The recipe, the same for every method but for its resolution."""
-        resolution = round_resolution(self.scaling(method).resolution, self.base_resolution)
-        return TrainConfig.from_dict({**self.train, "resolution": resolution, "seed": seed})
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean, low, high of Student's t interval over seeds (n,). Below two values low and high are NaN."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return float(values.mean()), math.nan, math.nan
+    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
-@cache
-def _matched(axis: str, base_resolution: int, num_classes: int, stem_stride: int) -> Scaling:
-    target = scaled_cost(TABLE7["compound"], base_resolution, num_classes, stem_stride).flops
-    return match_flops(axis, target, base_resolution, num_classes=num_classes, stem_stride=stem_stride).scaling
+def holm(p: Sequence[float]) -> np.ndarray:
+    """Holm's step-down adjustment of p values (k,): each is compared with alpha afterwards."""
+    p = np.asarray(p, float)
+    order = np.argsort(p)
+    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(adjusted, 1)[np.argsort(order)]
 
 
-def profile_names() -> list[str]:
-    return sorted(path.stem for path in (NOTEBOOKS / "profiles").glob("*.yaml"))
-
-
-def load_profile(name: str | Path) -> Profile:
-    """A profile by name (notebooks/profiles/NAME.yaml) or by path (any file that ends in .yaml).
-
-    Raises ValueError naming the file, the key, what was expected and what was found.
-    """
-    path = Path(name)
-    if path.suffix != ".yaml":
-        if str(name) not in profile_names():
-            raise unknown_name("profile", str(name), profile_names())
-        path = NOTEBOOKS / "profiles" / f"{name}.yaml"
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"profile {path}: cannot be read: {error}") from None
-    try:
-        return _checked_profile(path.stem, values)
-    except ValueError as error:
-        raise ValueError(f"profile {path.name}: {error}") from None
-
-
-def _checked_profile(name: str, values: object) -> Profile:
-    kinds = {"title": str, "purpose": str, "data": dict, "base_resolution": int, "stem_stride": int}
-    kinds |= {"methods": list, "seeds": list, "train": dict, "devices": int | str}
-    if not isinstance(values, dict):
-        raise ValueError(f"expected keys and values, got {values!r}")
-    values = {"devices": 1, **values}
-    for key in [*values, *kinds]:
-        if key not in kinds:
-            raise unknown_name("key", key, kinds)
-        if key not in values:
-            raise ValueError(f"{key} is missing")
-        if not isinstance(values[key], kinds[key]) or isinstance(values[key], bool):
-            raise ValueError(f"{key}: expected {getattr(kinds[key], '__name__', kinds[key])}, got {values[key]!r}")
-    if values["devices"] != "auto" and not (isinstance(values["devices"], int) and values["devices"] >= 1):
-        raise ValueError(f"devices: expected auto, or a whole number of at least 1, got {values['devices']!r}")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(f"its name {name!r} names a results folder: use letters, digits, '.', '_' and '-'")
-    if values["purpose"] not in PURPOSES:
-        raise unknown_name("purpose", values["purpose"], PURPOSES)
-    arguments = ("name", "size", "classes", "train_per_class", "minival", "split_seed", "title")
-    for key in values["data"]:
-        if key not in arguments:
-            raise unknown_name("data setting", key, arguments)
-    if not isinstance(values["data"].get("name"), str):
-        raise ValueError("data: name is missing")
-    if values["base_resolution"] < 8:
-        raise ValueError(f"base_resolution: expected at least 8 px, got {values['base_resolution']!r}")
-    if values["stem_stride"] not in (1, 2):
-        raise ValueError(f"stem_stride: expected 1 or 2, got {values['stem_stride']!r}")
-    for key in ("methods", "seeds"):
-        if not values[key] or len(set(map(str, values[key]))) < len(values[key]):
-            raise ValueError(f"{key}: expected a list without repetitions, got {values[key]!r}")
-    for method in values["methods"]:
-        if method not in TRAINED_BY:
-            raise unknown_name("method", method, TRAINED_BY)
-    for key in ("resolution", "seed"):
-        if key in values["train"]:
-            raise ValueError(f"train: {key} follows from method and seeds; remove it")
-    for seed in values["seeds"]:
-        TrainConfig.from_dict({**values["train"], "seed": seed})
-    lists = {key: tuple(values[key]) for key in ("methods", "seeds")}
-    return Profile(name=name, **{**values, **lists})
-
-
-@dataclass(frozen=True)
-class Run:
-    """One planned network: a method and a seed of a profile, and where its results go."""
-
-    profile: Profile
-    method: str
-    seed: int
-    results: Path = RESULTS  # holds a folder per profile
-
-    @classmethod
-    def plan(cls, profile: str | Path, method: str, seed: int, results: str | Path | None = None) -> "Run":
-        """The run that a notebook's parameters name, checked."""
-        run = cls(load_profile(profile), method, seed, Path(results or RESULTS).absolute())
-        run.config  # noqa: B018 - refuses an unknown method or an impossible seed
-        return run
-
-    @cached_property
-    def scaling(self) -> Scaling:
-        return self.profile.scaling(self.method)
-
-    @cached_property
-    def config(self) -> TrainConfig:
-        return self.profile.config(self.method, self.seed)
-
-    @cached_property
-    def cost(self) -> Cost:
-        """Parameters, FLOPs and activations at its resolution."""
-        profile = self.profile
-        return scaled_cost(self.scaling, profile.base_resolution, profile.num_classes, profile.stem_stride)
-
-    @property
-    def folder(self) -> Path:
-        """The study's folder: runs/, notebooks/, tables/, figures/."""
-        return self.results / self.profile.name
-
-    @property
-    def directory(self) -> Path:
-        return self.folder / "runs" / f"{self.method}_{self.scaling}_seed{self.seed}"
-
-    @property
-    def executed(self) -> Path:
-        """The executed notebook."""
-        return self.folder / "notebooks" / f"{TRAINED_BY[self.method]}_{self.method}_seed{self.seed}.ipynb"
-
-    @property
-    def about(self) -> dict:
-        """What the run record says beyond what the trainer knows."""
-        names = {"profile": self.profile.name, "purpose": self.profile.purpose, "method": self.method}
-        return names | self._setting
-
-    @property
-    def _setting(self) -> dict:
-        """What makes this run the profile's, beside the recipe."""
-        profile, coefficients = self.profile, dataclasses.asdict(self.scaling)
-        return {"coefficients": coefficients, "stem_stride": profile.stem_stride, "data": profile.data}
-
-    def model(self, num_classes: int) -> EfficientNet:
-        """The untrained network, its initial weights drawn by the run's seed."""
-        torch.manual_seed(self.seed)
-        options = self.config.model_options()
-        return EfficientNet(self.scaling, num_classes, stem_stride=self.profile.stem_stride, **options)
-
-    def train(self, data: ImageData, device: str | None = None) -> dict:
-        """Train (or continue, or find finished) and return the record. RuntimeError if the run did not finish.
-
-        Several devices have a process each, by torch's elastic launcher, or by torchrun, of whose this is then one.
-        """
-        processes = self._processes(device)
-        if processes > 1 and not torch.distributed.is_torchelastic_launched() and read_record(self.directory) is None:
-            error = launch(processes, _train_share, (self, device), self.directory)
-            if error is not None:
-                record = {"schema": SCHEMA_VERSION, "status": "failed", **self.about, "seed": self.seed}
-                record |= {"config": dataclasses.asdict(self.config), "cost": dataclasses.asdict(self.cost)}
-                write_json(self.directory / "run.json", record | {"dataset": data.describe(), "error": error})
-            record = read_record(self.directory)
-        else:
-            model = self.model(len(data.classes))
-            record = train(model, data, self.config, self.directory, about=self.about, device=device)
-        if record["status"] != "finished":
-            raise RuntimeError(f"{self.directory.name} {_ending(record)}; run again with: effnet study --retry")
-        return record
-
-    def _processes(self, device: str | None) -> int:
-        """The profile's devices, counted. ValueError if this machine has fewer GPUs."""
-        wanted, gpus = self.profile.devices, 0 if device == "cpu" else torch.cuda.device_count()
-        if wanted == "auto":
-            return max(1, gpus)
-        if 0 < gpus < wanted:
-            raise ValueError(f"devices: profile {self.profile.name} asks for {wanted}, torch finds {gpus}; use auto")
-        return wanted
-
-    def state(self) -> str:
-        """finished, failed, diverged, stale (the profile has changed since), running, interrupted or missing."""
-        record = read_record(self.directory)
-        if record is not None:
-            same = all(record.get(key, value) == value for key, value in self._setting.items())
-            same &= recipe(record.get("config", {})) == recipe(dataclasses.asdict(self.config))
-            return record["status"] if same else "stale"
-        if not (self.directory / ".lock").exists():
-            return "missing"
-        try:
-            with filelock.FileLock(self.directory / ".lock", blocking=False):
-                return "interrupted" if (self.directory / "checkpoint.pt").exists() else "missing"
-        except filelock.Timeout:
-            return "running"
-
-
-@elastic_record
-def _train_share(run: Run, device: str | None) -> None:
-    """One of the processes that train a run together."""
-    run.train(load_data(**run.profile.data), device)
-
-
-def _ending(record: Mapping) -> str:
-    """How a run that did not finish ended, in words."""
-    if record["status"] == "diverged":
-        return "diverged in epoch {epoch}, step {step}, at LR {lr:.3g}".format(**record["diverged"])
-    return f"failed ({record.get('error')})"
-
-
-def plan_runs(
-    profile: Profile,
-    results: str | Path | None = None,
-    methods: Iterable[str] | None = None,
-    seeds: Iterable[int] | None = None,
-) -> list[Run]:
-    """The profile's runs, one seed after the other, so that any prefix is as complete as it can be."""
-    for kind, asked, valid in (("method", methods, profile.methods), ("seed", seeds, profile.seeds)):
-        for value in asked or ():
-            if value not in valid:
-                raise unknown_name(f"{kind} of profile {profile.name}", value, map(str, valid))
-    results = Path(results or RESULTS).absolute()
-    wanted = [(seed, method) for seed in seeds or profile.seeds for method in methods or profile.methods]
-    return [Run(profile, method, seed, results) for seed, method in wanted]
-
-
-# ---- 2. Records as tables ------------------------------------------------------------------------------------------
-
-
-def load_runs(profile: str | Path | Profile, results: str | Path | None = None) -> pd.DataFrame:
-    """The runs of a profile, a row each, in the profile's order. Unfinished ones have a status and no scores.
-
-    top1, top5 are percentages, flops multiply-adds, seconds the whole run's, peak_memory_bytes torch's on a GPU
-    and the process's on a CPU.
-    """
-    profile = profile if isinstance(profile, Profile) else load_profile(profile)
+def welch_holm(scores: Mapping[str, Sequence[float]], contrasts: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Planned contrasts (target, other) of one family, scores by method over seeds: a row each with the difference
+    target - other, Welch's 95 % interval and p, Holm's p over the family, and the verdict on "target beats other"."""
     rows = []
-    for run in plan_runs(profile, results):
-        row = {"method": run.method, "seed": run.seed, "status": run.state(), "directory": run.directory}
-        row |= {"d": run.scaling.depth, "w": run.scaling.width, "r": run.scaling.resolution}
-        row |= {"resolution": run.config.resolution}
-        if row["status"] == "finished":
-            record = read_record(run.directory)
-            row |= {**record["cost"], **record["test"], "raw_top1": record["test_raw"]["top1"]}
-            row |= {"minival_top1": record["minival"]["top1"], "device": record["device"]["name"]}
-            row |= {"commit": record["git"]["commit"], "data": record["dataset"]["title"]}
-            kept = ("seconds", "images_per_second", "peak_memory_bytes", "micro_batch", "started", "ended")
-            row |= {name: record[name] for name in kept}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    for target, other in contrasts:
+        a, b = np.asarray(scores[target], float), np.asarray(scores[other], float)
+        row = {"contrast": f"{target} - {other}", "n": min(len(a), len(b)), "difference": a.mean() - b.mean()}
+        if row["n"] >= 2:
+            test = stats.ttest_ind(a, b, equal_var=False)
+            interval = test.confidence_interval(0.95)
+            row |= {"low": interval.low, "high": interval.high, "p": test.pvalue}
+        rows.append({"low": math.nan, "high": math.nan, "p": math.nan} | row)
+    table = pd.DataFrame(rows)
+    table["p_holm"] = holm(table["p"]) if table["p"].notna().all() else math.nan
+    columns = ("difference", "low", "high", "p_holm", "n")
+    table["verdict"] = [verdict(*row) for row in table[list(columns)].itertuples(index=False)]
+    return table[["contrast", "n", "difference", "low", "high", "p", "p_holm", "verdict"]]
 
 
-def load_pilots(profile: str | Path | Profile, results: str | Path | None = None) -> pd.DataFrame:
-    """The pilots of a profile, a row each, best first: what they change of its recipe, and their minival scores."""
-    profile = profile if isinstance(profile, Profile) else load_profile(profile)
-    rows = []
-    for path in (Path(results or RESULTS) / profile.name / "pilots").glob("*/run.json"):
-        record = read_record(path.parent)
-        row = {"pilot": path.parent.name, "status": record["status"]}
-        scores = record.get("minival", {})
-        rows.append(row | {f"minival_{k}": v for k, v in scores.items()} | {"seconds": record.get("seconds")})
-    table = pd.DataFrame(rows, columns=["pilot", "status", "minival_top1", "minival_top5", "minival_loss", "seconds"])
-    return table.sort_values("minival_top1", ascending=False, ignore_index=True)
+def verdict(
+    difference: float, low: float, high: float, p_holm: float, n: int, margin: float = MARGIN, alpha: float = 0.05
+) -> str:
+    """The rule for "target beats other by top-1", fixed before the runs.
+
+    reproduced: Holm's p below alpha and the difference positive. not reproduced: p below alpha and the
+    difference negative, or the whole interval within +- margin (equivalent). inconclusive: anything else, and always
+    below three seeds.
+    """
+    if n < 3 or not math.isfinite(p_holm):
+        return "inconclusive"
+    if p_holm < alpha:
+        return "reproduced" if difference > 0 else "not reproduced"
+    return "not reproduced" if -margin < low and high < margin else "inconclusive"
 
 
-def load_history(directory: str | Path) -> pd.DataFrame:
-    """history.jsonl of a run: a row per epoch, minival scored with the EMA weights."""
-    return pd.read_json(Path(directory) / "history.jsonl", lines=True)
+def overall(verdicts: Iterable[str]) -> str:
+    """The verdict of a claim that needs all its contrasts: the weakest of theirs."""
+    verdicts = list(verdicts) or ["inconclusive"]
+    return next((v for v in ("not reproduced", "inconclusive") if v in verdicts), "reproduced")
 
 
-# ---- 3. Notebooks --------------------------------------------------------------------------------------------------
+def paired_bootstrap(target: np.ndarray, other: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the difference in top-1 (points) when seeds and test images are both drawn anew.
+
+    target, other: correct answers (seeds, images), bool; an image drawn counts for both, seeds are drawn apart.
+    """
+    if target.shape[1] != other.shape[1]:
+        raise ValueError(f"expected the same test images, got {target.shape[1]} and {other.shape[1]}")
+    rng, images = np.random.default_rng(seed), target.shape[1]
+    differences = []
+    for _ in range(draws):
+        weights = rng.multinomial(images, np.full(images, 1 / images)) / images
+        means = [(c[rng.integers(len(c), size=len(c))] @ weights).mean() for c in (target, other)]
+        differences.append(100 * (means[0] - means[1]))
+    low, high = np.quantile(differences, [0.025, 0.975])
+    return float(low), float(high)
+
+
+# ---- 2. Notebooks --------------------------------------------------------------------------------------------------
 
 
 def _assignments(source: str) -> dict[str, object]:
@@ -441,7 +199,8 @@ import json, sys, papermill
 try:
     papermill.execute_notebook(**json.loads(sys.argv[1]), stdout_file=sys.stdout, stderr_file=sys.stderr)
 except papermill.PapermillExecutionError as error:
-    sys.exit(f"{error.ename}: {error.evalue}")
+    print(error.evalue if error.ename == "Interrupted" else f"{error.ename}: {error.evalue}", file=sys.stderr)
+    sys.exit(75 if error.ename == "Interrupted" else 1)
 except Exception as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
@@ -458,8 +217,9 @@ def run_notebook(
 
     What cells print comes out at once. `threads`: CPU threads for torch, which otherwise takes all cores. Raises
     RuntimeError if a cell failed or the kernel died; what there is of the notebook is then beside `output` as
-    NAME.partial.ipynb. An interrupt stops the kernel before it goes on; in a thread, which gets no interrupts, whoever
-    does may terminate the process that is in `running` meanwhile.
+    NAME.partial.ipynb. Raises Interrupted if training stopped in time, with a checkpoint. An interrupt stops the kernel
+    before it goes on; in a thread, which gets no interrupts, whoever does may terminate the process that is in
+    `running` meanwhile.
     """
     check_parameters(notebook, parameters)
     unfinished = output.with_suffix(".partial.ipynb")
@@ -479,6 +239,9 @@ def run_notebook(
         raise
     finally:
         running.discard(process)
+    if status == TRY_AGAIN:
+        unfinished.unlink(missing_ok=True)
+        raise Interrupted(f"{notebook} stopped in time")
     if status != 0:
         raise RuntimeError(f"{notebook} failed; see {unfinished}")
     executed = nbformat.read(unfinished, as_version=4)
@@ -488,7 +251,7 @@ def run_notebook(
     unfinished.replace(output)
 
 
-# ---- 4. The command ------------------------------------------------------------------------------------------------
+# ---- 3. The command ------------------------------------------------------------------------------------------------
 
 
 def study(
@@ -504,6 +267,7 @@ def study(
     threads: int | None = None,
 ) -> int:
     """Execute a profile's notebooks, those of finished runs excepted. Returns 0 if all runs are finished, else 1.
+    Raises Interrupted in time for $EFFNET_DEADLINE (Unix time): every run that was under way has a checkpoint then.
 
     jobs, threads: notebooks at a time and CPU threads of each; see `_shares` for the defaults.
     retry: run failed and diverged runs again (their records are kept as run.earlier.json).
@@ -517,7 +281,11 @@ def study(
     for run in runs:
         if retry and run.state() in ("failed", "diverged"):
             (run.directory / "run.json").replace(run.directory / "run.earlier.json")
-            (run.directory / "checkpoint.pt").unlink(missing_ok=True)
+            for checkpoint in CHECKPOINTS:
+                (run.directory / checkpoint).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):  # can it be written to at all?
+        pass
     todo = _to_do(runs)
     jobs, threads = _shares(len(todo), profile, device, jobs, threads)
     print(f"{profile.title}: {len(runs)} runs, {len(todo)} to do ({profile.stamp})", flush=True)
@@ -541,27 +309,6 @@ def study(
     if not todo:
         print(_provenance(profile, results, name))
     return 0 if len(finished) == len(runs) and analysed else 1
-
-
-def pilot(
-    name: str | Path, changes: Mapping[str, object], results: str | Path | None = None, device: str | None = None
-) -> dict:
-    """Train a profile's baseline, seed 0, with some settings of its recipe changed: to choose the recipe by.
-
-    No test image is read: the record, in RESULTS/PROFILE/pilots/CHANGES/, has minival scores also under "test".
-    """
-    profile = load_profile(name)
-    for key in changes:
-        if key in ("resolution", "seed"):
-            raise ValueError(f"pilot: {key} is not part of a recipe")
-    run = Run(dataclasses.replace(profile, train=profile.train | changes), "baseline", 0, Path(results or RESULTS))
-    data = load_data(**profile.data)
-    data = dataclasses.replace(data, indices=data.indices | {"test": data.indices["minival"]})
-    label = "_".join(f"{key}={value}" for key, value in sorted(changes.items())) or "as_it_is"
-    about = run.about | {"pilot": dict(changes), "scored": "minival"}
-    return train(
-        run.model(len(data.classes)), data, run.config, run.folder / "pilots" / label, about=about, device=device
-    )
 
 
 def _to_do(runs: Iterable[Run]) -> list[Run]:
@@ -611,7 +358,9 @@ def _execute(executions: Sequence[tuple[str, str, Path, Mapping]], jobs: int, th
 
 
 def _attempt(about: str, notebook: str, output: Path, parameters: Mapping, threads: int | None, running: set) -> bool:
-    """Execute a notebook; if that fails it is told, and the study goes on."""
+    """Execute a notebook; if that fails it is told, and the study goes on. Raises Interrupted if there is no time."""
+    if time.time() + STARTING > float(os.environ.get("EFFNET_DEADLINE", "inf")):
+        raise Interrupted("too little time is left to start another notebook")
     print(f"{about}\n", end="", flush=True)  # in one piece, since others print too
     try:
         run_notebook(notebook, output, parameters, threads, running)
@@ -635,8 +384,16 @@ def print_status(profile: Profile, results: str | Path | None = None) -> None:
     print(f"\n{profile.title} ({profile.stamp})")
     print(table.to_string(index=False, na_rep="-", formatters={k: f.format for k, f in formats.items()}), flush=True)
     for run in plan_runs(profile, results):
-        if run.state() in ("failed", "diverged"):
-            print(f"{run.directory.name} {_ending(read_record(run.directory))}; run it again with --retry")
+        state = run.state()
+        if state in ("failed", "diverged"):
+            print(f"{run.directory.name} {ending(read_record(run.directory))}; run it again with --retry")
+        elif state == "running":
+            print(f"{run.directory.name} is trained by {holder_of(run.directory)}")
+        elif state == "damaged":
+            try:
+                read_record(run.directory)
+            except ValueError as error:
+                print(error)
 
 
 def _provenance(profile: Profile, results: str | Path | None, name: str) -> str:
@@ -744,8 +501,17 @@ def _settings(words: Iterable[str]) -> dict[str, object]:
     return {name: yaml.safe_load(value) for name, _, value in pairs}
 
 
+def _duration(text: str) -> float:
+    """Seconds of 90, 90s, 9m, 1h30m."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
+    if not text or match is None:
+        raise argparse.ArgumentTypeError(f"expected a time such as 90s, 9m or 1h30m, got {text!r}")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
 def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt("the time is up" if signum == signal.SIGALRM else "interrupted")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -771,7 +537,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub.add_argument("--analysis", action="store_true", help="execute the analysis even if nothing was trained")
     sub.add_argument("--jobs", type=int, help="notebooks at a time (default: on a CPU one per core, on a GPU one)")
     sub.add_argument("--threads", type=int, help="CPU threads of each (default: the cores, shared)")
-    command("status", "list a profile's runs: finished, failed, diverged, stale, running, interrupted, missing")
+    budget = f"such as 9m: stop in time, with checkpoints and exit status {TRY_AGAIN}; the same command continues"
+    sub.add_argument("--time-budget", type=_duration, metavar="TIME", help=budget)
+    command(
+        "status", "list a profile's runs: finished, running, interrupted, failed, diverged, stale, damaged, missing"
+    )
     sub = command("plan", "list the runs that are to do, with their cost and the time they will take on this device")
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     sub.add_argument("--jobs", type=int, help="notebooks at a time (default: as effnet study)")
@@ -784,9 +554,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub = command("train", "train one method and seed of a profile, without a notebook")
     sub.add_argument("method", choices=TRAINED_BY)
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--time-budget", type=_duration, metavar="TIME", help=budget)
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     sub = command("pilot", "train the baseline with changed settings, scored on minival alone, to choose a recipe by")
     sub.add_argument("changes", nargs="*", metavar="NAME=VALUE", help="settings of the recipe, such as lr=0.05")
+    sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    sub = command("rerun", "train again what a run.json describes, and compare", profile=False)
+    sub.add_argument("record", help="a run.json")
+    sub.add_argument("--results", metavar="DIR", default="rerun", help="where results go (default: rerun/)")
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     sub = command("cost", "count parameters, FLOPs (multiply-adds) and activations", profile=False)
     sub.add_argument("networks", nargs="+", metavar="NETWORK", help="b0 to b7, or a Table 7 row such as compound")
@@ -801,6 +576,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A scheduler's SIGTERM must reach the kernel as an interrupt; a background shell starts us with SIGINT ignored.
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if getattr(args, "time_budget", None) is not None:
+        os.environ["EFFNET_DEADLINE"] = str(time.time() + args.time_budget)  # for the kernels too
+        if args.command == "study":  # for what does not look at the clock, such as a compiler
+            signal.signal(signal.SIGALRM, _interrupt)
+            signal.setitimer(signal.ITIMER_REAL, args.time_budget)
     try:
         if args.command == "study":
             names = ("methods", "seeds", "device", "retry", "analysis", "jobs", "threads")
@@ -821,6 +601,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif args.command == "pilot":
             pilot(args.profile, _settings(args.changes), args.results, args.device)
             print(load_pilots(args.profile, args.results).to_string(index=False, na_rep="-"))
+        elif args.command == "rerun":
+            print(rerun(args.record, args.results, args.device).to_string(na_rep="-"))
         elif args.command == "cost":
             print(_cost_table(args.networks, args.resolution, args.classes, args.stem_stride))
         else:
@@ -829,9 +611,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"effnet: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("effnet: interrupted; the same command continues", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"effnet: {str(error) or 'interrupted'}; the same command continues", file=sys.stderr)
+        return TRY_AGAIN
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 if __name__ == "__main__":

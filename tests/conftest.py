@@ -1,6 +1,7 @@
 """Shared small things: a tiny network's recipe, a data set in memory, a study profile that runs in seconds."""
 
 import json
+import os
 
 import matplotlib
 import numpy as np
@@ -13,7 +14,8 @@ import effnet_lib
 from effnet_data import load_data
 
 matplotlib.use("Agg")
-torch.set_num_threads(2)
+if "OMP_NUM_THREADS" not in os.environ:  # else as asked, where other work goes on
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from effnet_lib import TABLE7, VARIANTS, EfficientNet, count_cost, efficientnet, round_resolution
+from effnet_lib import (
+    TABLE7,
+    VARIANTS,
+    EfficientNet,
+    Scaling,
+    count_cost,
+    efficientnet,
+    round_resolution,
+    scaled_cost,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "costs.json").read_text())
 
@@ -18,6 +27,17 @@ def test_costs_are_the_golden_ones(name):
     with torch.device("meta"):
         cost = count_cost(EfficientNet(scaling), round_resolution(scaling.resolution))
     assert {"params": cost.params, "flops": cost.flops, "activations": cost.activations} == GOLDEN[name]
+    assert scaled_cost(scaling) == cost
+
+
+def test_any_scaling_is_counted_as_its_network_is():
+    for scaling, base, stride in (
+        (Scaling(0.3, 0.25, 1.0), 16, 1),
+        (Scaling(2.6, 1.1, 1.37), 23, 1),
+        (Scaling(width=0.9), 45, 2),
+    ):
+        model = EfficientNet(scaling, 7, stem_stride=stride)
+        assert scaled_cost(scaling, base, 7, stride) == count_cost(model, round_resolution(scaling.resolution, base))
 
 
 def test_a_multiply_add_is_one_flop():

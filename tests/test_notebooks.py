@@ -12,7 +12,8 @@ import pytest
 from conftest import write_record
 
 import effnet_study as study
-from effnet_lib import TABLE7, Contender, measure, scaled_cost
+from effnet_lib import TABLE7, scaled_cost
+from effnet_speed import Contender, measure
 
 SOURCES = sorted(study.NOTEBOOKS.glob("*.ipynb"))
 
@@ -142,7 +143,8 @@ def test_a_failing_notebook_fails_the_study_and_the_others_go_on(profile_file, t
     path = profile_file(methods=["compound", "baseline"], data={"name": "digits", "size": 16, "train_per_class": 4})
     run = study.Run.plan(path, "compound", 0, tmp_path)
     run.directory.mkdir(parents=True)
-    (run.directory / "run.json").write_text(json.dumps({"schema": 1, "status": "finished", "config": {}}))  # stale
+    record = {"schema": 1, "status": "failed", "error": "", "seed": 0, "config": {"lr": 3.0}}  # stale
+    (run.directory / "run.json").write_text(json.dumps(record))
     command = [sys.executable, "-m", "effnet_study", "study", str(path), "--results", str(tmp_path)]
     done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
@@ -160,7 +162,7 @@ def test_an_interrupted_study_continues(profile_file, tmp_path):
     for line in process.stdout:
         if "epoch   2/20" in line:
             process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 130 and "the same command continues" in process.stderr.read()
+    assert process.wait(timeout=60) == 75 and "the same command continues" in process.stderr.read()
     run = study.Run.plan(path, "baseline", 0, tmp_path)
     assert run.state() == "interrupted" and not run.executed.exists()
     done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=300)

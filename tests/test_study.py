@@ -3,6 +3,7 @@
 import math
 import re
 
+import filelock
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +12,7 @@ from scipy import stats
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import effnet_lib
+import effnet_runs
 import effnet_study as study
 from effnet_lib import TABLE7
 
@@ -108,7 +110,7 @@ def test_a_runs_state_is_told_from_what_it_left(profile_file, tmp_path):
     (runs[3].directory / ".lock").touch()
     (runs[3].directory / "checkpoint.pt").touch()
     assert [run.state() for run in runs] == ["finished", "failed", "stale", "interrupted", "missing"]
-    with study.filelock.FileLock(runs[3].directory / ".lock"):
+    with filelock.FileLock(runs[3].directory / ".lock"):
         assert study.plan_runs(runs[3].profile, tmp_path)[3].state() == "running"
 
 
@@ -160,6 +162,19 @@ def test_an_error_in_one_of_several_processes_is_the_runs(profile_file, tmp_path
     assert run.state() == "failed"
     with pytest.raises(RuntimeError, match="failed .process . of 2"):  # found, not run again
         run.train(study.load_data(**run.profile.data), "cpu")
+
+
+def test_divergence_in_several_processes_is_no_other_failure(profile_file, tmp_path, monkeypatch):
+    run = study.Run.plan(profile_file(devices=2), "baseline", 0, tmp_path)
+
+    def diverge(*arguments):
+        write_record(run, status="diverged", diverged={"epoch": 1, "step": 2, "lr": 0.1})
+        return "process 0 of 2: RuntimeError: diverged"
+
+    monkeypatch.setattr(effnet_runs, "launch", diverge)
+    with pytest.raises(RuntimeError, match="diverged in epoch 1, step 2"):
+        run.train(None, "cpu")
+    assert run.state() == "diverged"
 
 
 def test_processes_out_of_memory_are_started_again(profile_file, tmp_path, monkeypatch):

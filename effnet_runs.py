@@ -1,0 +1,443 @@
+"""Profiles and runs: what is compared, on which images, by which recipe, and what has become of it.
+
+A profile is a study (notebooks/profiles/NAME.yaml); a run is one of its networks, a method and a seed.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import pandas as pd
+import torch
+import yaml
+from torch.distributed.elastic.multiprocessing.errors import record as elastic_record
+
+from effnet_data import CLASS_COUNTS, ImageData, check_settings, load_data
+from effnet_lib import (
+    CHECKPOINTS,
+    TABLE7,
+    Cost,
+    EfficientNet,
+    Interrupted,
+    Scaling,
+    TrainConfig,
+    holder_of,
+    launch,
+    match_flops,
+    read_record,
+    recipe,
+    round_resolution,
+    scaled_cost,
+    train,
+    unknown_name,
+    write_record,
+)
+
+ROOT = Path(__file__).resolve().parent
+NOTEBOOKS, RESULTS = ROOT / "notebooks", ROOT / "results"
+
+# The notebook that trains each method, and the method's colour (Okabe and Ito's, told apart by the colour-blind).
+TRAINED_BY = {
+    "baseline": "01_baseline_b0",
+    **dict.fromkeys(["depth", "width", "resolution"], "02_single_axis_scaling"),
+    **dict.fromkeys(["depth_matched", "width_matched", "resolution_matched"], "02_single_axis_scaling"),
+    "compound": "04_compound_scaling",
+}
+COLORS = {
+    "baseline": "#000000",
+    **dict.fromkeys(["depth", "depth_matched"], "#0072B2"),
+    **dict.fromkeys(["width", "width_matched"], "#E69F00"),
+    **dict.fromkeys(["resolution", "resolution_matched"], "#009E73"),
+    "compound": "#D55E00",
+}
+# Table 7 as published: FLOPs (multiply-adds) and ImageNet top-1 in percent. arXiv 1905.11946v5.
+PAPER_TABLE7 = {
+    "baseline": (0.4e9, 77.3),
+    "depth": (1.8e9, 79.0),
+    "width": (1.8e9, 78.9),
+    "resolution": (1.9e9, 79.1),
+    "compound": (1.8e9, 81.1),
+}
+DIVERGED = "run.diverged.json"  # the record of a run that diverged and was run again with a lower LR
+PURPOSES = {
+    "check": "pipeline check, not evidence",
+    "exploratory": "exploratory: fewer seeds, data or epochs than a claim needs",
+    "evidence": "evidence, by the rules fixed before the runs",
+}
+
+
+# ---- 1. Profiles and planned runs ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One study: what is compared, on which images, by which recipe. Made by `load_profile`."""
+
+    name: str
+    title: str
+    purpose: str  # one of PURPOSES
+    data: dict  # arguments of load_data
+    base_resolution: int  # pixels at resolution coefficient 1
+    stem_stride: int
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    train: dict  # TrainConfig, without resolution and seed
+    devices: int | str = 1  # processes that share each batch of a run, or "auto": one for every GPU
+    retry_lr: float | None = None  # a diverged run is run once more, with its LR times this; both are reported
+
+    @property
+    def stamp(self) -> str:
+        """What every table and figure of this study must say of itself."""
+        return PURPOSES[self.purpose]
+
+    @property
+    def num_classes(self) -> int:
+        known = self.data.get("classes") or CLASS_COUNTS.get(self.data["name"])
+        if known is None:
+            raise ValueError(f"{self.name}: data: say how many classes {self.data['name']} has (classes: N)")
+        return known
+
+    def scaling(self, method: str) -> Scaling:
+        """The method's coefficients: the paper's, or for NAME_matched those that cost as much as compound."""
+        axis, _, matched = method.partition("_")
+        if method not in TRAINED_BY:
+            raise unknown_name("method", method, TRAINED_BY)
+        if not matched:
+            return TABLE7[method]
+        return _matched(axis, self.base_resolution, self.num_classes, self.stem_stride)
+
+    def config(self, method: str, seed: int) -> TrainConfig:
+        """The recipe, the same for every method but for its resolution."""
+        resolution = round_resolution(self.scaling(method).resolution, self.base_resolution)
+        return TrainConfig.from_dict({**self.train, "resolution": resolution, "seed": seed})
+
+
+@cache
+def _matched(axis: str, base_resolution: int, num_classes: int, stem_stride: int) -> Scaling:
+    target = scaled_cost(TABLE7["compound"], base_resolution, num_classes, stem_stride).flops
+    return match_flops(axis, target, base_resolution, num_classes=num_classes, stem_stride=stem_stride).scaling
+
+
+def profile_names() -> list[str]:
+    return sorted(path.stem for path in (NOTEBOOKS / "profiles").glob("*.yaml"))
+
+
+def load_profile(name: str | Path) -> Profile:
+    """A profile by name (notebooks/profiles/NAME.yaml) or by path (any file that ends in .yaml).
+
+    Raises ValueError naming the file, the key, what was expected and what was found.
+    """
+    path = Path(name)
+    if path.suffix != ".yaml":
+        if str(name) not in profile_names():
+            raise unknown_name("profile", str(name), profile_names())
+        path = NOTEBOOKS / "profiles" / f"{name}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ValueError(f"profile {path}: cannot be read: {error}") from None
+    try:
+        return _checked_profile(path.stem, values)
+    except ValueError as error:
+        raise ValueError(f"profile {path.name}: {error}") from None
+
+
+def _checked_profile(name: str, values: object) -> Profile:
+    kinds = {"title": str, "purpose": str, "data": dict, "base_resolution": int, "stem_stride": int}
+    kinds |= {"methods": list, "seeds": list, "train": dict, "devices": int | str, "retry_lr": float | None}
+    if not isinstance(values, dict):
+        raise ValueError(f"expected keys and values, got {values!r}")
+    values = {"devices": 1, "retry_lr": None, **values}
+    for key in [*values, *kinds]:
+        if key not in kinds:
+            raise unknown_name("key", key, kinds)
+        if key not in values:
+            raise ValueError(f"{key} is missing")
+        if not isinstance(values[key], kinds[key]) or isinstance(values[key], bool):
+            raise ValueError(f"{key}: expected {getattr(kinds[key], '__name__', kinds[key])}, got {values[key]!r}")
+    if values["devices"] != "auto" and not (isinstance(values["devices"], int) and values["devices"] >= 1):
+        raise ValueError(f"devices: expected auto, or a whole number of at least 1, got {values['devices']!r}")
+    if values["retry_lr"] is not None and not 0 < values["retry_lr"] < 1:
+        raise ValueError(f"retry_lr: expected a factor above 0 and below 1, got {values['retry_lr']!r}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"its name {name!r} names a results folder: use letters, digits, '.', '_' and '-'")
+    if values["purpose"] not in PURPOSES:
+        raise unknown_name("purpose", values["purpose"], PURPOSES)
+    arguments = ("name", "size", "classes", "train_per_class", "minival", "split_seed", "title")
+    for key in values["data"]:
+        if key not in arguments:
+            raise unknown_name("data setting", key, arguments)
+    if "name" not in values["data"]:
+        raise ValueError("data: name is missing")
+    check_settings(**values["data"])
+    if values["base_resolution"] < 8:
+        raise ValueError(f"base_resolution: expected at least 8 px, got {values['base_resolution']!r}")
+    if values["stem_stride"] not in (1, 2):
+        raise ValueError(f"stem_stride: expected 1 or 2, got {values['stem_stride']!r}")
+    for key in ("methods", "seeds"):
+        if not values[key] or len(set(map(str, values[key]))) < len(values[key]):
+            raise ValueError(f"{key}: expected a list without repetitions, got {values[key]!r}")
+    for method in values["methods"]:
+        if str(method) not in TRAINED_BY:
+            raise unknown_name("method", method, TRAINED_BY)
+    for key in ("resolution", "seed"):
+        if key in values["train"]:
+            raise ValueError(f"train: {key} follows from method and seeds; remove it")
+    for seed in values["seeds"]:
+        TrainConfig.from_dict({**values["train"], "seed": seed})
+    lists = {key: tuple(values[key]) for key in ("methods", "seeds")}
+    return Profile(name=name, **{**values, **lists})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One planned network: a method and a seed of a profile, and where its results go."""
+
+    profile: Profile
+    method: str
+    seed: int
+    results: Path = RESULTS  # holds a folder per profile
+
+    @classmethod
+    def plan(cls, profile: str | Path, method: str, seed: int, results: str | Path | None = None) -> "Run":
+        """The run that a notebook's parameters name, checked."""
+        run = cls(load_profile(profile), method, seed, Path(results or RESULTS).absolute())
+        run.config  # noqa: B018 - refuses an unknown method or an impossible seed
+        return run
+
+    @cached_property
+    def scaling(self) -> Scaling:
+        return self.profile.scaling(self.method)
+
+    @property
+    def config(self) -> TrainConfig:
+        config = self.profile.config(self.method, self.seed)
+        return dataclasses.replace(config, lr=config.lr * self.profile.retry_lr) if self._retrying else config
+
+    @property
+    def _retrying(self) -> bool:
+        return self.profile.retry_lr is not None and (self.directory / DIVERGED).exists()
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Parameters, FLOPs and activations at its resolution."""
+        profile = self.profile
+        return scaled_cost(self.scaling, profile.base_resolution, profile.num_classes, profile.stem_stride)
+
+    @property
+    def folder(self) -> Path:
+        """The study's folder: runs/, notebooks/, tables/, figures/."""
+        return self.results / self.profile.name
+
+    @property
+    def directory(self) -> Path:
+        return self.folder / "runs" / f"{self.method}_{self.scaling}_seed{self.seed}"
+
+    @property
+    def executed(self) -> Path:
+        """The executed notebook."""
+        return self.folder / "notebooks" / f"{TRAINED_BY[self.method]}_{self.method}_seed{self.seed}.ipynb"
+
+    @property
+    def about(self) -> dict:
+        """What the run record says beyond what the trainer knows."""
+        names = {"profile": self.profile.name, "purpose": self.profile.purpose, "method": self.method}
+        retried = {"retried": json.loads((self.directory / DIVERGED).read_text())["diverged"]} if self._retrying else {}
+        return names | self._setting | retried
+
+    @property
+    def _setting(self) -> dict:
+        """What makes this run the profile's, beside the recipe."""
+        profile, coefficients = self.profile, dataclasses.asdict(self.scaling)
+        return {"coefficients": coefficients, "stem_stride": profile.stem_stride, "data": profile.data}
+
+    def model(self, num_classes: int) -> EfficientNet:
+        """The untrained network, its initial weights drawn by the run's seed."""
+        return _network(self.scaling, num_classes, self.profile.stem_stride, self.config)
+
+    def train(self, data: ImageData, device: str | None = None) -> dict:
+        """Train (or continue, or find finished) and return the record. RuntimeError if the run did not finish.
+
+        Several devices have a process each, by torch's elastic launcher, or by torchrun, of whose this is then one.
+        """
+        alone = not torch.distributed.is_torchelastic_launched()
+        processes = self._processes(device)
+        if processes > 1 and alone and read_record(self.directory) is None:
+            error = launch(processes, _train_share, (self, device), self.directory)
+            if error is not None and read_record(self.directory) is None:  # else they have told it themselves
+                record = {"status": "failed", **self.about, "seed": self.seed, "dataset": data.describe()}
+                record |= {"config": dataclasses.asdict(self.config), "cost": dataclasses.asdict(self.cost)}
+                write_record(self.directory, record | {"error": error})
+            record = read_record(self.directory)
+        else:
+            model = self.model(len(data.classes))
+            record = train(model, data, self.config, self.directory, about=self.about, device=device)
+        if record["status"] == "diverged" and self.profile.retry_lr is not None and not self._retrying and alone:
+            (self.directory / "run.json").replace(self.directory / DIVERGED)
+            print(f"{self.directory.name} {ending(record)}: once more, with LR {self.config.lr:.3g}", flush=True)
+            return self.train(data, device)
+        if record["status"] != "finished":
+            raise RuntimeError(f"{self.directory.name} {ending(record)}; run again with: effnet study --retry")
+        return record
+
+    def _processes(self, device: str | None) -> int:
+        """The profile's devices, counted. ValueError if this machine has fewer GPUs."""
+        wanted, gpus = self.profile.devices, 0 if device == "cpu" else torch.cuda.device_count()
+        if wanted == "auto":
+            return max(1, gpus)
+        if 0 < gpus < wanted:
+            raise ValueError(f"devices: profile {self.profile.name} asks for {wanted}, torch finds {gpus}; use auto")
+        return wanted
+
+    def state(self) -> str:
+        """finished, failed, diverged, stale (the profile has changed since), damaged (its record cannot be trusted),
+        running, interrupted or missing."""
+        try:
+            record = read_record(self.directory)
+        except ValueError:
+            return "damaged"
+        if record is not None:
+            same = all(record.get(key, value) == value for key, value in self._setting.items())
+            same &= recipe(record["config"]) == recipe(dataclasses.asdict(self.config))
+            return record["status"] if same else "stale"
+        if holder_of(self.directory) is not None:
+            return "running"
+        return "interrupted" if any((self.directory / name).exists() for name in CHECKPOINTS) else "missing"
+
+
+def _network(scaling: Scaling, num_classes: int, stem_stride: int, config: TrainConfig) -> EfficientNet:
+    torch.manual_seed(config.seed)
+    return EfficientNet(scaling, num_classes, stem_stride=stem_stride, **config.model_options())
+
+
+@elastic_record
+def _train_share(run: Run, device: str | None) -> str | None:
+    """One of the processes that train a run together. Returns why it was interrupted, if it was."""
+    try:
+        run.train(load_data(**run.profile.data), device)
+    except Interrupted as reason:
+        return str(reason)
+
+
+def ending(record: Mapping) -> str:
+    """How a run that did not finish ended, in words."""
+    if record["status"] == "diverged":
+        return "diverged in epoch {epoch}, step {step}, at LR {lr:.3g}".format(**record["diverged"])
+    return f"failed ({record.get('error')})"
+
+
+def plan_runs(
+    profile: Profile,
+    results: str | Path | None = None,
+    methods: Iterable[str] | None = None,
+    seeds: Iterable[int] | None = None,
+) -> list[Run]:
+    """The profile's runs, one seed after the other, so that any prefix is as complete as it can be."""
+    for kind, asked, valid in (("method", methods, profile.methods), ("seed", seeds, profile.seeds)):
+        for value in asked or ():
+            if value not in valid:
+                raise unknown_name(f"{kind} of profile {profile.name}", value, map(str, valid))
+    results = Path(results or RESULTS).absolute()
+    wanted = [(seed, method) for seed in seeds or profile.seeds for method in methods or profile.methods]
+    return [Run(profile, method, seed, results) for seed, method in wanted]
+
+
+def pilot(
+    name: str | Path, changes: Mapping[str, object], results: str | Path | None = None, device: str | None = None
+) -> dict:
+    """Train a profile's baseline, seed 0, with some settings of its recipe changed: to choose the recipe by.
+
+    No test image is read: the record, in RESULTS/PROFILE/pilots/CHANGES/, has minival scores also under "test".
+    """
+    profile = load_profile(name)
+    for key in changes:
+        if key in ("resolution", "seed"):
+            raise ValueError(f"pilot: {key} is not part of a recipe")
+    run = Run(dataclasses.replace(profile, train=profile.train | changes), "baseline", 0, Path(results or RESULTS))
+    data = _without_test(load_data(**profile.data))
+    label = "_".join(f"{key}={value}" for key, value in sorted(changes.items())) or "as_it_is"
+    about = run.about | {"pilot": dict(changes), "scored": "minival"}
+    return train(
+        run.model(len(data.classes)), data, run.config, run.folder / "pilots" / label, about=about, device=device
+    )
+
+
+def _without_test(data: ImageData) -> ImageData:
+    """The same images with minival in the place of test."""
+    return dataclasses.replace(data, indices=data.indices | {"test": data.indices["minival"]})
+
+
+def rerun(path: str | Path, results: str | Path = "rerun", device: str | None = None) -> pd.DataFrame:
+    """Train again what a run.json describes, from its words alone, in RESULTS/NAME-OF-ITS-FOLDER; the scores then and
+    now. ValueError if the record does not say enough, or if the images here are others."""
+    path = Path(path)
+    record = read_record(path.parent if path.name == "run.json" else path)
+    if record is None:
+        raise FileNotFoundError(f"{path}: expected a run.json, or a folder with one")
+    for part in ("data", "coefficients", "stem_stride", "cost"):
+        if part not in record:
+            raise ValueError(
+                f"{path} does not say its {part}: it is of an older version, or of a run without a profile"
+            )
+    config, data = TrainConfig.from_dict(record["config"]), load_data(**record["data"])
+    data = _without_test(data) if record.get("scored") == "minival" else data
+    if data.fingerprint != record["dataset"]["fingerprint"]:
+        raise ValueError(f"{path} was trained on other images than those of {record['data']} here")
+    model = _network(Scaling(**record["coefficients"]), len(data.classes), record["stem_stride"], config)
+    about = {key: record[key] for key in ("profile", "purpose", "method", "coefficients", "stem_stride", "data")}
+    folder = Path(results) / (path.parent if path.name == "run.json" else path).resolve().name
+    now = train(model, data, config, folder, about=about | {"rerun_of": record["git"]["commit"]}, device=device)
+    scores = {when: {"status": r["status"], **r.get("test", {})} for when, r in (("then", record), ("now", now))}
+    return pd.DataFrame(scores).T
+
+
+# ---- 2. Records as tables ------------------------------------------------------------------------------------------
+
+
+def load_runs(profile: str | Path | Profile, results: str | Path | None = None) -> pd.DataFrame:
+    """The runs of a profile, a row each, in the profile's order. Unfinished ones have a status and no scores.
+
+    top1, top5 are percentages, flops multiply-adds, seconds the whole run's, peak_memory_bytes torch's on a GPU
+    and the process's on a CPU.
+    """
+    profile = profile if isinstance(profile, Profile) else load_profile(profile)
+    rows = []
+    for run in plan_runs(profile, results):
+        row = {"method": run.method, "seed": run.seed, "status": run.state(), "directory": run.directory}
+        row |= {"d": run.scaling.depth, "w": run.scaling.width, "r": run.scaling.resolution}
+        row |= {"resolution": run.config.resolution}
+        if row["status"] == "finished":
+            record = read_record(run.directory)
+            row |= {**record["cost"], **record["test"], "raw_top1": record["test_raw"]["top1"]}
+            row |= {"minival_top1": record["minival"]["top1"], "device": record["device"]["name"]}
+            row |= {"commit": record["git"]["commit"], "data": record["dataset"]["title"]}
+            row |= {"retried": "retried" in record}
+            kept = ("seconds", "images_per_second", "peak_memory_bytes", "micro_batch", "started", "ended")
+            row |= {name: record[name] for name in kept}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def load_pilots(profile: str | Path | Profile, results: str | Path | None = None) -> pd.DataFrame:
+    """The pilots of a profile, a row each, best first: the settings in which they differ, and their minival scores."""
+    profile = profile if isinstance(profile, Profile) else load_profile(profile)
+    rows, configs = [], []
+    for path in sorted((Path(results or RESULTS) / profile.name / "pilots").glob("*/run.json")):
+        record = read_record(path.parent)
+        scores = {f"minival_{name}": record.get("minival", {}).get(name) for name in ("top1", "top5", "loss")}
+        rows.append({"pilot": path.parent.name, "status": record["status"], **scores, "seconds": record.get("seconds")})
+        configs.append(recipe(record["config"]))
+    if not rows:
+        return pd.DataFrame()
+    settings = pd.DataFrame(configs)
+    table = pd.concat([pd.DataFrame(rows), settings.loc[:, settings.nunique() > 1]], axis="columns")
+    return table.sort_values("minival_top1", ascending=False, ignore_index=True)
+
+
+def load_history(directory: str | Path) -> pd.DataFrame:
+    """history.jsonl of a run: a row per epoch, minival scored with the EMA weights."""
+    return pd.read_json(Path(directory) / "history.jsonl", lines=True)

@@ -1,0 +1,198 @@
+"""Speed: a training step of ours and of others', timed side by side, and what a run will take on this machine."""
+
+import multiprocessing
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import get_model
+
+import effnet_model
+from effnet_lib import TrainConfig, Trainer, _autocast, keep_freed_memory, peak_memory, unknown_name
+from effnet_model import TABLE7, EfficientNet, Scaling
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A network and how it is trained, for `measure`: ours by `Trainer`, a peer's B0 as its users would train it."""
+
+    source: str = "ours"  # ours, torchvision or timm
+    resolution: int = 224
+    batch_size: int = 128
+    scaling: Scaling = TABLE7["baseline"]  # of ours
+    short_cuts: bool = True  # ours: on a CPU, those of Conv2d and SqueezeExcitation
+    channels_last: bool = True  # a peer's memory layout; ours is always so
+    keep_memory: bool = True  # a peer's process calls keep_freed_memory; ours always does
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.source not in ("ours", "torchvision", "timm"):
+            raise unknown_name("source", self.source, ("ours", "torchvision", "timm"))
+
+    def calls(self, device: torch.device) -> dict[str, Callable[[], object]]:
+        """What is timed, each up to its end and without waiting for the device: forward; gradient (forward and
+        backward); step (gradient and optimizer, ours with the moving average). Random images, SGD with momentum, 1000
+        classes, mixed precision on a GPU."""
+        images = torch.randn(self.batch_size, 3, self.resolution, self.resolution, device=device)
+        labels = torch.randint(1000, (self.batch_size,), device=device)
+        return (self._ours if self.source == "ours" else self._peer)(images, labels, device)
+
+    def _ours(self, images: Tensor, labels: Tensor, device: torch.device) -> dict[str, Callable[[], object]]:
+        compiling = "always" if self.compiled else "never"
+        config = TrainConfig(self.resolution, batch_size=self.batch_size, optimizer="sgd", lr=0.01, compile=compiling)
+        if not self.short_cuts:  # in this process
+            effnet_model._by_hand = lambda x: False
+        trainer = Trainer(EfficientNet(self.scaling, 1000, **config.model_options()), config, device)
+        images = images.contiguous(memory_format=torch.channels_last)
+
+        def forward() -> Tensor:
+            with _autocast("auto", device):
+                return trainer.shared(images)
+
+        def gradient() -> None:
+            trainer.backward(images, labels)
+            trainer.optimizer.zero_grad(set_to_none=True)
+
+        return {"forward": forward, "gradient": gradient, "step": lambda: trainer.step(images, labels, 0, 1, 10**6)}
+
+    def _peer(self, images: Tensor, labels: Tensor, device: torch.device) -> dict[str, Callable[[], object]]:
+        if self.source == "timm":
+            from timm import create_model  # only the benchmark needs it
+
+            model = create_model("efficientnet_b0", drop_rate=0.2, drop_path_rate=0.2)
+        else:
+            model = get_model("efficientnet_b0", weights=None)
+        if self.keep_memory and device.type == "cpu":
+            keep_freed_memory()
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        model, images = model.train().to(device, memory_format=layout), images.contiguous(memory_format=layout)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        model = torch.compile(model) if self.compiled else model
+
+        def forward() -> Tensor:
+            with _autocast("auto", device):
+                return model(images)
+
+        def backward() -> None:
+            with _autocast("auto", device):
+                loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+
+        def gradient() -> None:
+            backward()
+            optimizer.zero_grad(set_to_none=True)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            backward()
+            optimizer.step()
+
+        return {"forward": forward, "gradient": gradient, "step": step}
+
+
+def measure(
+    contenders: Mapping[str, Contender],
+    device: str,
+    *,
+    rounds: int = 15,
+    repeat: int = 1,
+    parts: Sequence[str] = ("step",),
+) -> tuple[list[dict], dict[str, dict]]:
+    """Time the contenders side by side, each in a process of its own, one at a time, in a new random order every round.
+
+    Returns rows {"contender", "round", "part", "seconds"} (of one call, the mean of `repeat`), and by contender
+    {"first_seconds"} (the first step, with all compiling) and {"peak_memory_bytes"}. RuntimeError if one fails.
+    """
+    context, order, rows, about = multiprocessing.get_context("spawn"), random.Random(0), [], {}
+    pipes, processes = {}, []
+    try:
+        for name, contender in contenders.items():
+            pipes[name], theirs = context.Pipe()
+            arguments = (theirs, contender, device, torch.get_num_threads())
+            processes.append(context.Process(target=_serve, args=arguments, daemon=True))
+            processes[-1].start()
+            theirs.close()
+        for name in contenders:
+            pipes[name].send("begin")
+            about[name] = {"first_seconds": _answer(name, pipes[name])}
+        for turn in range(rounds + 1):  # the first one warms up
+            for name in order.sample(list(contenders), len(contenders)):
+                for part in parts:
+                    pipes[name].send((part, repeat))
+                    row = {"contender": name, "round": turn, "part": part, "seconds": _answer(name, pipes[name])}
+                    rows += [row] if turn else []
+        for name in contenders:
+            pipes[name].send(None)
+            about[name]["peak_memory_bytes"] = _answer(name, pipes[name])
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+    return rows, about
+
+
+def _answer(name: str, pipe) -> float:
+    try:
+        answer = pipe.recv()
+    except EOFError:
+        answer = "its process died, perhaps for want of memory"
+    if isinstance(answer, str):
+        raise RuntimeError(f"benchmark of {name}: {answer}")
+    return answer
+
+
+def _serve(pipe, contender: Contender, device: str, threads: int) -> None:
+    """A contender's process: tells the seconds of its first step, then of each call asked for, then its memory."""
+    device = torch.device(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    torch.set_num_threads(threads)
+
+    def seconds(call: Callable[[], object], repeat: int, warm: bool = True) -> float:
+        if warm:  # another process had the caches until now
+            call()
+        wait()
+        begin = time.perf_counter()
+        for _ in range(repeat):
+            call()
+        wait()
+        return (time.perf_counter() - begin) / repeat
+
+    try:
+        pipe.recv()  # until it is this one's turn to start
+        calls = contender.calls(device)
+        pipe.send(seconds(calls["step"], 1, warm=False))
+        while (order := pipe.recv()) is not None:
+            pipe.send(seconds(calls[order[0]], order[1]))
+        pipe.send(peak_memory(device))
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+
+
+def estimate_seconds(model: nn.Module, data, config: TrainConfig, device: torch.device, budget: float = 10) -> float:
+    """What `train` will take here, scoring included, from as many steps as `budget` seconds allow, two at least."""
+    begin = time.perf_counter()
+    trainer, data = Trainer(model, config, device), data.to(device)
+    steps, marks = data.counts["train"] // config.batch_size, []
+    for step, (images, labels) in enumerate(data.train_batches(config, 0)):
+        trainer.step(images, labels, 0, step, steps).item()  # waits for the device
+        marks.append(time.perf_counter())
+        if step and marks[-1] - begin > 0.8 * budget:
+            break
+    trainer.ema.eval()
+    images, _ = next(data.eval_batches("minival", config.resolution, 256))
+    with torch.no_grad(), _autocast(config.precision, device):
+        (trainer.ema(images) + trainer.ema(images)).sum().item()
+    score = (time.perf_counter() - marks[-1]) / 2 / len(images)  # of one image
+    first, step = marks[0] - begin, float(np.median(np.diff(marks))) if len(marks) > 1 else marks[0] - begin
+    return (
+        first
+        + config.epochs * steps * step
+        + score * (config.epochs * data.counts["minival"] + 2 * data.counts["test"])
+    )
