@@ -9,6 +9,7 @@ The network, its scaling rules and its cost are in effnet_model.py; this file tr
 Units: top-1 and top-5 are percentages, resolutions pixels of a square image, shapes (N, C, H, W), sizes bytes.
 """
 
+import builtins
 import contextlib
 import copy
 import ctypes
@@ -74,6 +75,8 @@ from effnet_records import (  # noqa: F401 - some of them only passed on
     CHECKPOINTS,
     SCHEMA_VERSION,
     WEIGHTS,
+    Held,
+    Mismatch,
     device_name,
     environment,
     git_state,
@@ -459,14 +462,16 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Stop:
-    """Whether training is to stop: the time is up, or SIGTERM or SIGINT came, which meanwhile only leave word here.
+    """Whether training is to stop: the time is up, the file $EFFNET_STOP is there, or SIGTERM or SIGINT came, which
+    meanwhile only leave word here.
 
-    deadline: in Unix time; default $EFFNET_DEADLINE, else none. A second SIGINT interrupts at once, as it always does.
+    deadline: in Unix time; default $EFFNET_DEADLINE, else none. SIGINT interrupts at once if it comes again later.
     """
 
     def __init__(self, deadline: float | None):
         self.deadline = deadline or float(os.environ.get("EFFNET_DEADLINE", "inf"))
-        self.reason, self.last = None, None
+        self.file = os.environ.get("EFFNET_STOP")
+        self.reason, self.last, self.noted = None, None, math.inf
 
     def __enter__(self) -> "_Stop":
         in_main = threading.current_thread() is threading.main_thread()  # elsewhere signals are not ours
@@ -478,9 +483,9 @@ class _Stop:
             signal.signal(number, handler or signal.SIG_DFL)
 
     def _note(self, number: int, frame: object) -> None:
-        if self.reason == "SIGINT" and number == signal.SIGINT:
+        if number == signal.SIGINT and time.monotonic() - self.noted > 2:  # a launcher may pass on what all have got
             raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
+        self.reason, self.noted = signal.Signals(number).name, min(self.noted, time.monotonic())
 
     def due(self, to_save: float = 1.0) -> bool:
         """Called between steps; to_save: seconds that a checkpoint takes."""
@@ -488,6 +493,8 @@ class _Stop:
         step, self.last = now - (self.last or now), now
         if now + 2 * (step + to_save) > self.deadline:
             self.reason = self.reason or "the end of its time"
+        if self.file is not None and os.path.exists(self.file):
+            self.reason = self.reason or "its study"
         return self.reason is not None
 
 
@@ -518,7 +525,7 @@ def train(
     starting all of them again goes on after the last checkpoint with half the micro-batch.
 
     Raises ValueError if run_dir holds a run of another config, model or data, or a batch exceeds the training
-    set; RuntimeError if another process holds run_dir; OSError if a file cannot be read or written, which
+    set; Held (a RuntimeError) if another process holds run_dir; OSError if a file cannot be read or written, which
     leaves the run to be continued. Any other error ends it with status "failed".
     """
     run_dir, about = Path(run_dir), dict(about or {})
@@ -536,7 +543,7 @@ def train(
         record = read_record(run_dir)
         if record is not None:
             _check_identity(run_dir / "run.json", record, identity)
-            _tidy(run_dir, record)
+            _tidy(run_dir)
             return record
         checkpoint = read_checkpoint(
             run_dir, lambda path, checkpoint: _check_identity(path, checkpoint["identity"], identity)
@@ -545,8 +552,9 @@ def train(
         head = {"status": "failed", **about, "seed": config.seed}
         head |= {"config": dataclasses.asdict(config), "cost": cost, "dataset": dataset}
         head |= environment(device)  # the code that runs, not what it becomes
+        stop = _Stop(deadline)
         try:
-            with _Stop(deadline) as stop:
+            with stop:
                 record = head | _train(model, data, config, run_dir, device, label, checkpoint, identity, stop)
         except OSError:  # a full disk, a folder that is gone: the machine's failure, not the run's
             raise
@@ -556,15 +564,15 @@ def train(
             raise
         if first:
             write_record(run_dir, record)
-            _tidy(run_dir, record)
+            _tidy(run_dir)
         if several:
             dist.barrier()
         return read_record(run_dir)
 
 
-def _tidy(run_dir: Path, record: Mapping) -> None:
-    """A finished run has its weights, and needs no checkpoint any more."""
-    for name in CHECKPOINTS if record["status"] == "finished" else ():
+def _tidy(run_dir: Path) -> None:
+    """A finished run that has its weights needs no checkpoint any more."""
+    for name in CHECKPOINTS if (run_dir / WEIGHTS).exists() else ():
         (run_dir / name).unlink(missing_ok=True)
 
 
@@ -586,7 +594,8 @@ def _join(device: torch.device) -> tuple[torch.device, bool, bool]:
 
 def launch(processes: int, work: Callable, arguments: tuple, run_dir: Path) -> str | None:
     """Call work(*arguments), which trains `run_dir`, in several processes. Returns None, or what one of them failed of.
-    Raises Interrupted if they were, as `work` then says by returning why.
+    Raises Interrupted if they were, as `work` then says by returning why; OSError, Held, Mismatch or RuntimeError if
+    what failed is not the run, but a disk, or a process that was killed.
 
     One that runs out of memory ends them all: then again with its smaller micro-batch, from the last checkpoint.
     """
@@ -610,7 +619,14 @@ def launch(processes: int, work: Callable, arguments: tuple, run_dir: Path) -> s
                 continue
             rank, failure = error.get_first_failure()
             said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-            return f"process {rank} of {processes}: {said}"
+            name = said.partition(":")[0]
+            kind = {"Held": Held, "Mismatch": Mismatch}.get(name) or getattr(builtins, name, Exception)
+            said = f"process {rank} of {processes}: {said}"
+            if failure.exitcode < 0:
+                raise RuntimeError(f"{said}; run again to go on") from None
+            if issubclass(kind, OSError | Held | Mismatch):
+                raise kind(said) from None
+            return said
 
 
 def _train(model, data, config, run_dir, device, label, checkpoint, identity, stop) -> dict:
@@ -620,7 +636,7 @@ def _train(model, data, config, run_dir, device, label, checkpoint, identity, st
     progress |= {"started": datetime.now(UTC).isoformat(timespec="seconds"), "micro_batch": trainer.micro_batch}
     if checkpoint is not None:
         trainer.load_state_dict(checkpoint)
-        progress = checkpoint["progress"]
+        progress |= checkpoint["progress"]
         trainer.micro_batch = min(trainer.micro_batch, progress["micro_batch"])
         epochs, step = len(progress["history"]), progress["step"]
         print(f"{label}  continues after epoch {epochs}" + (f", step {step}" if step else ""), flush=True)
@@ -748,7 +764,7 @@ def _check_identity(path: Path, found: dict, expected: dict) -> None:
         made = recipe(found["config"]) if part == "config" else found.get(part, {})
         for key, new in wanted.items():
             if (old := made.get(key)) != new:
-                raise ValueError(
+                raise Mismatch(
                     f"{path} was made with {part} {key} = {old!r}, now {new!r} is asked for; delete "
                     f"{path.parent} to run anew, or keep it and give another results folder"
                 )

@@ -97,9 +97,13 @@ def write_json(path: Path, value: object) -> None:
 # ---- Who is at it
 
 
+class Held(RuntimeError):
+    """Another process trains this run now."""
+
+
 @contextlib.contextmanager
 def hold(run_dir: Path) -> Iterator[None]:
-    """Hold a run's folder, alone; what a killed holder left unfinished is removed. RuntimeError names another holder.
+    """Hold a run's folder, alone; what a killed holder left unfinished is removed. Held names another holder.
 
     The lock is the operating system's, so that of a process that died is free; .holder only says whose it is.
     """
@@ -113,7 +117,7 @@ def hold(run_dir: Path) -> Iterator[None]:
             yield
     except filelock.Timeout:
         holder = holder_of(run_dir)
-        raise RuntimeError(f"{run_dir} is held by another process, which is training this run now: {holder}") from None
+        raise Held(f"{run_dir} is held by another process, which is training this run now: {holder}") from None
 
 
 def holder_of(run_dir: Path) -> str | None:
@@ -142,9 +146,9 @@ def write_record(run_dir: Path, record: Mapping) -> None:
     write_json(run_dir / "run.json", record | {"sha256": _digest(record)})
 
 
-def read_record(run_dir: str | Path) -> dict | None:
+def read_record(run_dir: str | Path, name: str = "run.json") -> dict | None:
     """A run's record, or None if the run has not ended. Raises ValueError for one that is damaged or was edited."""
-    path = Path(run_dir) / "run.json"
+    path = Path(run_dir) / name
     if not path.exists():
         return None
     try:
@@ -154,7 +158,7 @@ def read_record(run_dir: str | Path) -> dict | None:
         problem = best_match(Draft202012Validator(RUN_SCHEMA).iter_errors(record))
         if problem is not None:
             raise ValueError(f"{problem.json_path}: {problem.message}")
-        if record["schema"] > 1 and record.get("sha256") != _digest(record):
+        if (record["schema"] > 1 or "sha256" in record) and record.get("sha256") != _digest(record):
             raise ValueError("its digest does not match: it was changed after it was written")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it, or delete it to run again") from None
@@ -162,6 +166,10 @@ def read_record(run_dir: str | Path) -> dict | None:
 
 
 # ---- Checkpoints and weights
+
+
+class Mismatch(ValueError):
+    """A record or checkpoint is that of another run."""
 
 
 def write_checkpoint(run_dir: Path, state: Mapping) -> None:
@@ -175,9 +183,10 @@ def write_checkpoint(run_dir: Path, state: Mapping) -> None:
 def read_checkpoint(run_dir: Path, check: Callable[[Path, dict], None]) -> dict | None:
     """The newest checkpoint that is whole and that `check` does not refuse; None if there is none, or none is whole.
 
-    Those passed over are told with the reason. Raises check's ValueError if it refused all that are whole.
+    Those passed over are told with the reason, and put aside if an older one is used, so that they never take its
+    place. Raises check's Mismatch if it refused all that are whole.
     """
-    refused = None
+    refused, passed = None, []
     for path in (run_dir / name for name in CHECKPOINTS):
         if not path.exists():
             continue
@@ -186,16 +195,20 @@ def read_checkpoint(run_dir: Path, check: Callable[[Path, dict], None]) -> dict 
                 if (entry := archive.testzip()) is not None:
                     raise ValueError(f"the checksum of {entry} is wrong")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # never unpickles code
-            checkpoint["model"], checkpoint["identity"], checkpoint["progress"]
-        except Exception as error:  # torch raises many kinds for a torn or foreign file
-            print(f"{path} is not used: unreadable ({type(error).__name__}: {error})", flush=True)
-            continue
-        try:
+            checkpoint["model"], checkpoint["progress"]
             check(path, checkpoint)
-            return checkpoint
-        except ValueError as error:
+        except Mismatch as error:
             print(f"{path} is not used: {error}", flush=True)
             refused = refused or error
+            passed.append(path)
+            continue
+        except Exception as error:  # torch raises many kinds for a torn or foreign file
+            print(f"{path} is not used: unreadable ({type(error).__name__}: {error})", flush=True)
+            passed.append(path)
+            continue
+        for other in passed:
+            other.replace(other.with_suffix(".refused.pt"))
+        return checkpoint
     if refused is not None:
         raise refused
     return None

@@ -4,7 +4,6 @@ A profile is a study (notebooks/profiles/NAME.yaml); a run is one of its network
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,9 @@ from effnet_lib import (
     TABLE7,
     Cost,
     EfficientNet,
+    Held,
     Interrupted,
+    Mismatch,
     Scaling,
     TrainConfig,
     holder_of,
@@ -138,7 +139,7 @@ def load_profile(name: str | Path) -> Profile:
         path = NOTEBOOKS / "profiles" / f"{name}.yaml"
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
+    except Exception as error:  # yaml lets many kinds through
         raise ValueError(f"profile {path}: cannot be read: {error}") from None
     try:
         return _checked_profile(path.stem, values)
@@ -222,6 +223,11 @@ class Run:
     def _retrying(self) -> bool:
         return self.profile.retry_lr is not None and (self.directory / DIVERGED).exists()
 
+    @property
+    def to_retry(self) -> bool:
+        """Whether it is to be run once more if it diverges, or has diverged."""
+        return self.profile.retry_lr is not None and not self._retrying
+
     @cached_property
     def cost(self) -> Cost:
         """Parameters, FLOPs and activations at its resolution."""
@@ -246,7 +252,7 @@ class Run:
     def about(self) -> dict:
         """What the run record says beyond what the trainer knows."""
         names = {"profile": self.profile.name, "purpose": self.profile.purpose, "method": self.method}
-        retried = {"retried": json.loads((self.directory / DIVERGED).read_text())["diverged"]} if self._retrying else {}
+        retried = {"retried": read_record(self.directory, DIVERGED)["diverged"]} if self._retrying else {}
         return names | self._setting | retried
 
     @property
@@ -265,8 +271,15 @@ class Run:
         Several devices have a process each, by torch's elastic launcher, or by torchrun, of whose this is then one.
         """
         alone = not torch.distributed.is_torchelastic_launched()
-        processes = self._processes(device)
-        if processes > 1 and alone and read_record(self.directory) is None:
+        processes, record = self._processes(device), read_record(self.directory)
+        if record is not None and (differences := self.differences(record)):
+            raise Mismatch(
+                f"{self.directory / 'run.json'} was made with {'; '.join(differences)}; delete {self.directory} to run "
+                "anew, or keep it and give another results folder"
+            )
+        if processes > 1 and alone and record is None:
+            if (holder := holder_of(self.directory)) is not None:
+                raise Held(f"{self.directory} is held by another process, which is training this run now: {holder}")
             error = launch(processes, _train_share, (self, device), self.directory)
             if error is not None and read_record(self.directory) is None:  # else they have told it themselves
                 record = {"status": "failed", **self.about, "seed": self.seed, "dataset": data.describe()}
@@ -276,7 +289,9 @@ class Run:
         else:
             model = self.model(len(data.classes))
             record = train(model, data, self.config, self.directory, about=self.about, device=device)
-        if record["status"] == "diverged" and self.profile.retry_lr is not None and not self._retrying and alone:
+        if record["status"] == "diverged" and self.to_retry and alone:
+            for name in CHECKPOINTS:  # of the other rate
+                (self.directory / name).unlink(missing_ok=True)
             (self.directory / "run.json").replace(self.directory / DIVERGED)
             print(f"{self.directory.name} {ending(record)}: once more, with LR {self.config.lr:.3g}", flush=True)
             return self.train(data, device)
@@ -293,6 +308,14 @@ class Run:
             raise ValueError(f"devices: profile {self.profile.name} asks for {wanted}, torch finds {gpus}; use auto")
         return wanted
 
+    def differences(self, record: Mapping) -> list[str]:
+        """In what a record's settings are not those of this run, as the profile is now."""
+        then = {key: record.get(key, now) for key, now in self._setting.items()} | recipe(record["config"])
+        now = self._setting | recipe(dataclasses.asdict(self.config))
+        for settings in (then, now):  # a title changes nothing
+            settings["data"] = {key: value for key, value in settings["data"].items() if key != "title"}
+        return [f"{key} = {then[key]!r}, now {now[key]!r}" for key in now if then.get(key) != now[key]]
+
     def state(self) -> str:
         """finished, failed, diverged, stale (the profile has changed since), damaged (its record cannot be trusted),
         running, interrupted or missing."""
@@ -301,9 +324,7 @@ class Run:
         except ValueError:
             return "damaged"
         if record is not None:
-            same = all(record.get(key, value) == value for key, value in self._setting.items())
-            same &= recipe(record["config"]) == recipe(dataclasses.asdict(self.config))
-            return record["status"] if same else "stale"
+            return "stale" if self.differences(record) else record["status"]
         if holder_of(self.directory) is not None:
             return "running"
         return "interrupted" if any((self.directory / name).exists() for name in CHECKPOINTS) else "missing"
@@ -378,7 +399,7 @@ def rerun(path: str | Path, results: str | Path = "rerun", device: str | None = 
     record = read_record(path.parent if path.name == "run.json" else path)
     if record is None:
         raise FileNotFoundError(f"{path}: expected a run.json, or a folder with one")
-    for part in ("data", "coefficients", "stem_stride", "cost"):
+    for part in ("data", "coefficients", "stem_stride", "dataset"):
         if part not in record:
             raise ValueError(
                 f"{path} does not say its {part}: it is of an older version, or of a run without a profile"
@@ -388,9 +409,13 @@ def rerun(path: str | Path, results: str | Path = "rerun", device: str | None = 
     if data.fingerprint != record["dataset"]["fingerprint"]:
         raise ValueError(f"{path} was trained on other images than those of {record['data']} here")
     model = _network(Scaling(**record["coefficients"]), len(data.classes), record["stem_stride"], config)
-    about = {key: record[key] for key in ("profile", "purpose", "method", "coefficients", "stem_stride", "data")}
+    kept = ("profile", "purpose", "method", "coefficients", "stem_stride", "data", "pilot", "scored", "git")
+    about = {key: record[key] for key in kept if key in record}
+    about["rerun_of"] = about.pop("git", {}).get("commit")
     folder = Path(results) / (path.parent if path.name == "run.json" else path).resolve().name
-    now = train(model, data, config, folder, about=about | {"rerun_of": record["git"]["commit"]}, device=device)
+    if (folder / "run.json").exists():
+        raise ValueError(f"{folder} holds a run already: delete it, or give another results folder")
+    now = train(model, data, config, folder, about=about, device=device)
     scores = {when: {"status": r["status"], **r.get("test", {})} for when, r in (("then", record), ("now", now))}
     return pd.DataFrame(scores).T
 
@@ -427,7 +452,11 @@ def load_pilots(profile: str | Path | Profile, results: str | Path | None = None
     profile = profile if isinstance(profile, Profile) else load_profile(profile)
     rows, configs = [], []
     for path in sorted((Path(results or RESULTS) / profile.name / "pilots").glob("*/run.json")):
-        record = read_record(path.parent)
+        try:
+            record = read_record(path.parent)
+        except ValueError as error:
+            print(error)
+            continue
         scores = {f"minival_{name}": record.get("minival", {}).get(name) for name in ("top1", "top5", "loss")}
         rows.append({"pilot": path.parent.name, "status": record["status"], **scores, "seconds": record.get("seconds")})
         configs.append(recipe(record["config"]))

@@ -68,6 +68,7 @@ from effnet_speed import estimate_seconds
 
 STYLE = NOTEBOOKS / "study.mplstyle"  # for matplotlib: plt.style.use(study.STYLE)
 MARGIN = 0.5  # points of top-1 within which two methods count as equal
+GRACE = 20  # seconds for a notebook to stop in once it is asked to
 STARTING = 20  # seconds: with less of its time left, a study starts no further notebook
 TRY_AGAIN = os.EX_TEMPFAIL  # exit status 75: stopped in time, to be continued by the same command
 
@@ -193,9 +194,13 @@ def check_notebook(notebook: str, namespace: Mapping[str, object]) -> None:
         raise ValueError(f"method {values['method']!r} is trained by {TRAINED_BY[values['method']]}, not by {notebook}")
 
 
-# Papermill has a process of its own: while it executes, it takes over the signals, and afterwards resets them.
+# Papermill has a process of its own. Signals meant for training do not end it: it waits for the kernel, which stops.
+# It does not outlive who started it (prctl: Linux only), nor does the kernel outlive it.
 _EXECUTE = """
-import json, sys, papermill
+import ctypes, json, signal, sys, papermill
+getattr(ctypes.CDLL(None), "prctl", lambda *_: None)(1, signal.SIGKILL)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: None)
 try:
     papermill.execute_notebook(**json.loads(sys.argv[1]), stdout_file=sys.stdout, stderr_file=sys.stderr)
 except papermill.PapermillExecutionError as error:
@@ -206,20 +211,32 @@ except Exception as error:
 """
 
 
+def _wait(process: subprocess.Popen, stop: Path) -> int:
+    """Its exit status. Once `stop` is there it has GRACE seconds; then it is killed, and its kernel ends with it."""
+    asked = math.inf
+    while True:
+        try:
+            return process.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            if stop.exists():
+                asked = min(asked, time.monotonic())
+            if time.monotonic() - asked > GRACE:
+                process.kill()
+
+
 def run_notebook(
     notebook: str,
     output: Path,
     parameters: Mapping[str, object],
     threads: int | None = None,
-    running: set[subprocess.Popen] | None = None,
+    stop: Path | None = None,
 ) -> None:
     """Execute notebooks/NOTEBOOK.ipynb into `output`, which appears only if every cell succeeded.
 
     What cells print comes out at once. `threads`: CPU threads for torch, which otherwise takes all cores. Raises
     RuntimeError if a cell failed or the kernel died; what there is of the notebook is then beside `output` as
-    NAME.partial.ipynb. Raises Interrupted if training stopped in time, with a checkpoint. An interrupt stops the kernel
-    before it goes on; in a thread, which gets no interrupts, whoever does may terminate the process that is in
-    `running` meanwhile.
+    NAME.partial.ipynb. Raises Interrupted if training stopped in time, with a checkpoint. An interrupt, or else a file
+    that appears at `stop`, asks training to do so; what has not ended GRACE seconds later is killed.
     """
     check_parameters(notebook, parameters)
     unfinished = output.with_suffix(".partial.ipynb")
@@ -228,17 +245,17 @@ def run_notebook(
     arguments |= {"parameters": dict(parameters), "kernel_name": "python3", "language": "python", "cwd": str(ROOT)}
     arguments |= {"progress_bar": False, "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    process = subprocess.Popen([sys.executable, "-c", _EXECUTE, json.dumps(arguments)], cwd=ROOT, env=environment)
-    running = set() if running is None else running
-    running.add(process)
-    try:
-        status = process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    finally:
-        running.discard(process)
+    with tempfile.TemporaryDirectory() as folder:
+        stop = stop or Path(folder) / "stop"
+        environment["EFFNET_STOP"] = str(stop)
+        command = [sys.executable, "-c", _EXECUTE, json.dumps(arguments)]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+        try:
+            status = _wait(process, stop)
+        except BaseException:
+            stop.touch()
+            _wait(process, stop)
+            raise
     if status == TRY_AGAIN:
         unfinished.unlink(missing_ok=True)
         raise Interrupted(f"{notebook} stopped in time")
@@ -286,7 +303,11 @@ def study(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):  # can it be written to at all?
         pass
-    todo = _to_do(runs)
+    # A run whose notebook was killed after it had finished takes seconds, and then has one too
+    todo = [run for run in runs if _is_to_do(run) or (run.state() == "finished" and not run.executed.exists())]
+    analysed = folder / "notebooks" / "05_analysis.ipynb"
+    if todo:
+        analysed.unlink(missing_ok=True)  # it will be out of date, and is missed if we do not come to it
     jobs, threads = _shares(len(todo), profile, device, jobs, threads)
     print(f"{profile.title}: {len(runs)} runs, {len(todo)} to do ({profile.stamp})", flush=True)
     if jobs > 1:
@@ -298,22 +319,23 @@ def study(
         executions.append((about, TRAINED_BY[run.method], run.executed, parameters))
     _execute(executions, jobs, threads)
     finished = [run for run in runs if run.state() == "finished"]
-    analysed = True
-    if finished and (todo or analysis or not (folder / "tables" / "table7.csv").exists()):
+    done = True
+    if finished and (analysis or not analysed.exists()):
         executions = [
             (f"{notebook}: executing", notebook, folder / "notebooks" / f"{notebook}.ipynb", {"profile": name, **place})
             for notebook in ("00_architecture", "05_analysis")
         ]
-        analysed = _execute(executions, *_shares(len(executions), profile, "cpu"))
+        done = _execute(executions, *_shares(len(executions), profile, "cpu"))
     print_status(profile, results)
     if not todo:
         print(_provenance(profile, results, name))
-    return 0 if len(finished) == len(runs) and analysed else 1
+    return 0 if len(finished) == len(runs) and done else 1
 
 
-def _to_do(runs: Iterable[Run]) -> list[Run]:
-    """Those that have not ended. One that failed or diverged has: it is never silently run again."""
-    return [run for run in runs if run.state() not in ("finished", "failed", "diverged")]
+def _is_to_do(run: Run) -> bool:
+    """Whether it has not ended. One that failed or diverged has: it is never silently run again."""
+    state = run.state()
+    return state not in ("finished", "failed", "diverged") or (state == "diverged" and run.to_retry)
 
 
 def _shares(
@@ -344,26 +366,28 @@ def _longest_first(runs: Sequence[Run]) -> list[Run]:
 
 
 def _execute(executions: Sequence[tuple[str, str, Path, Mapping]], jobs: int, threads: int | None) -> bool:
-    """Execute notebooks (what to print, notebook, output, parameters), `jobs` at a time. False if one failed."""
-    running: set[subprocess.Popen] = set()
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(_attempt, *execution, threads, running) for execution in executions]
+    """Execute notebooks (what to print, notebook, output, parameters), `jobs` at a time. False if one failed.
+
+    An interrupt, or one that has no time left, asks all of them to stop with a checkpoint, and is raised then.
+    """
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        stop = Path(folder) / "stop"
+        futures = [pool.submit(_attempt, *execution, threads, stop) for execution in executions]
         try:
             return all([future.result() for future in futures])
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):
-                process.terminate()
+            stop.touch()
+            pool.shutdown(wait=False, cancel_futures=True)  # the block ends when those that run have stopped
             raise
 
 
-def _attempt(about: str, notebook: str, output: Path, parameters: Mapping, threads: int | None, running: set) -> bool:
+def _attempt(about: str, notebook: str, output: Path, parameters: Mapping, threads: int | None, stop: Path) -> bool:
     """Execute a notebook; if that fails it is told, and the study goes on. Raises Interrupted if there is no time."""
-    if time.time() + STARTING > float(os.environ.get("EFFNET_DEADLINE", "inf")):
+    if stop.exists() or time.time() + STARTING > float(os.environ.get("EFFNET_DEADLINE", "inf")):
         raise Interrupted("too little time is left to start another notebook")
     print(f"{about}\n", end="", flush=True)  # in one piece, since others print too
     try:
-        run_notebook(notebook, output, parameters, threads, running)
+        run_notebook(notebook, output, parameters, threads, stop)
         return True
     except RuntimeError as error:
         print(f"effnet: {error}", file=sys.stderr, flush=True)
@@ -389,6 +413,9 @@ def print_status(profile: Profile, results: str | Path | None = None) -> None:
             print(f"{run.directory.name} {ending(read_record(run.directory))}; run it again with --retry")
         elif state == "running":
             print(f"{run.directory.name} is trained by {holder_of(run.directory)}")
+        elif state == "stale":
+            differences = "; ".join(run.differences(read_record(run.directory)))
+            print(f"{run.directory.name} was made with {differences}; delete its folder to run it anew")
         elif state == "damaged":
             try:
                 read_record(run.directory)
@@ -424,7 +451,7 @@ def plan(
     """The profile's runs that are still to do, a row each, with an image's flops and activations and the run's seconds
     here: `seconds` go on a few steps of each method's training. Starting notebooks and reading images are not in it."""
     profile = load_profile(name)
-    runs = _to_do(plan_runs(profile, results))
+    runs = [run for run in plan_runs(profile, results) if _is_to_do(run)]
     if runs:
         data = load_data(**profile.data, download=False)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -4,11 +4,13 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import write_record
 
 import effnet_study as study
@@ -139,6 +141,16 @@ def test_a_second_study_trains_nothing_and_says_who_ran_the_first(executed):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_what_was_killed_after_its_run_had_finished_is_made_up(executed):
+    """An analysis, and the notebook of a run, that are missing though all runs are finished."""
+    _, folder, command = executed
+    lost = [folder / "notebooks" / name for name in ("05_analysis.ipynb", "01_baseline_b0_baseline_seed0.ipynb")]
+    for path in lost:
+        path.unlink()
+    done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "  epoch " not in done.stdout and all(path.exists() for path in lost)
+
+
 def test_a_failing_notebook_fails_the_study_and_the_others_go_on(profile_file, tmp_path):
     path = profile_file(methods=["compound", "baseline"], data={"name": "digits", "size": 16, "train_per_class": 4})
     run = study.Run.plan(path, "compound", 0, tmp_path)
@@ -156,18 +168,26 @@ def test_a_failing_notebook_fails_the_study_and_the_others_go_on(profile_file, t
 
 
 def test_an_interrupted_study_continues(profile_file, tmp_path):
-    path = profile_file(methods=["baseline"], train={"epochs": 20, "batch_size": 20, "optimizer": "sgd", "lr": 0.05})
+    """Two notebooks side by side, stopped in the middle of their first epoch: both have a checkpoint then."""
+    train = {"epochs": 1, "batch_size": 4, "optimizer": "sgd", "lr": 0.02, "save_seconds": 1000.0}
+    data = {"name": "digits", "size": 16, "train_per_class": 40}
+    path = profile_file(methods=["baseline", "resolution"], base_resolution=8, data=data, train=train)
     command = [sys.executable, "-m", "effnet_study", "study", str(path), "--results", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=study.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "epoch   2/20" in line:
-            process.send_signal(signal.SIGTERM)
+    runs = study.plan_runs(study.load_profile(path), tmp_path)
+    process = subprocess.Popen([*command, "--jobs", "2"], cwd=study.ROOT, stderr=subprocess.PIPE, text=True)
+    while not all((run.directory / ".holder").exists() for run in runs):
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75 and "the same command continues" in process.stderr.read()
-    run = study.Run.plan(path, "baseline", 0, tmp_path)
-    assert run.state() == "interrupted" and not run.executed.exists()
+    for run in runs:
+        assert run.state() == "interrupted" and not run.executed.exists()
+        progress = torch.load(run.directory / "checkpoint.pt", weights_only=True)["progress"]
+        assert progress["step"] > 0 and not progress["history"]
     done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "continues after epoch" in done.stdout and "epoch   1/20" not in done.stdout
-    assert len(study.load_history(run.directory)) == 20 and run.executed.exists()
+    assert done.returncode == 0 and done.stdout.count("continues after epoch 0, step") == 2
+    assert all(run.executed.exists() for run in runs)
 
 
 def test_a_notebook_runs_by_papermill_alone_from_its_own_folder(profile_file, tmp_path):

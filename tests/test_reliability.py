@@ -18,6 +18,7 @@ from conftest import write_record
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import effnet_lib
 import effnet_runs
@@ -245,19 +246,19 @@ def test_a_diverged_run_is_tried_with_a_lower_rate_only_if_the_profile_says_so(p
     once = effnet_runs.train
 
     def diverges_at_full_rate(model, data, config, run_dir, **options):
-        if config.lr == 0.05:
-            with torch.no_grad():
-                model.classifier.bias.fill_(math.nan)
-        return once(model, data, config, run_dir, **options)
+        return once(model, Poisoned(data, None) if config.lr == 0.05 else data, config, run_dir, **options)
 
     monkeypatch.setattr(effnet_runs, "train", diverges_at_full_rate)
-    run = study.Run.plan(profile_file(), "baseline", 0, tmp_path / "plain")
-    with pytest.raises(RuntimeError, match="diverged in epoch 1, step 1, at LR"):
+    settings = {"epochs": 2, "batch_size": 10, "optimizer": "sgd", "lr": 0.05, "norm_momentum": 0.1}
+    run = study.Run.plan(profile_file(train=settings), "baseline", 0, tmp_path / "plain")
+    with pytest.raises(RuntimeError, match="diverged in epoch 2, step 3, at LR"):
         run.train(study.load_data(**run.profile.data), "cpu")
-    path = profile_file(retry_lr=0.5)
+    assert (run.directory / "checkpoint.pt").exists() and not study._is_to_do(run)
+    path = profile_file(train=settings, retry_lr=0.5)
+    assert study._is_to_do(study.Run.plan(path, "baseline", 0, tmp_path / "plain"))
     run = study.Run.plan(path, "baseline", 0, tmp_path / "retried")
     record = run.train(study.load_data(**run.profile.data), "cpu")
-    assert record["config"]["lr"] == 0.025 and record["retried"]["step"] == 1 and run.state() == "finished"
+    assert record["config"]["lr"] == 0.025 and record["retried"]["epoch"] == 2 and run.state() == "finished"
     assert study.load_runs(path, tmp_path / "retried")["retried"][0]
     again = study.Run.plan(path, "baseline", 0, tmp_path / "retried")
     assert again.train(study.load_data(**run.profile.data), "cpu") == record
@@ -370,6 +371,64 @@ def test_a_record_that_was_edited_is_named_and_left_out(profile_file, tmp_path, 
     assert run.state() == "damaged" and "top1" not in study.load_runs(path, tmp_path)
     study.print_status(study.load_profile(path), tmp_path)
     assert "its digest does not match" in capsys.readouterr().out
+    file.write_text(json.dumps(record | {"schema": 1}))  # calling it old does not help
+    assert run.state() == "damaged"
+    run.directory.rename(tmp_path / "tiny" / "pilots")
+    (tmp_path / "tiny" / "pilots" / "one").mkdir()
+    file = tmp_path / "tiny" / "pilots" / "run.json"
+    file.rename(tmp_path / "tiny" / "pilots" / "one" / "run.json")
+    assert study.load_pilots(path, tmp_path).empty and "is damaged" in capsys.readouterr().out
+
+
+def test_a_stale_run_says_what_has_changed(profile_file, tmp_path, capsys):
+    run = study.Run.plan(profile_file(), "baseline", 0, tmp_path)
+    run.train(study.load_data(**run.profile.data), "cpu")
+    data = {**run.profile.data, "title": "Another title"}
+    assert study.Run.plan(profile_file(data=data), "baseline", 0, tmp_path).state() == "finished"
+    path = profile_file(stem_stride=1)
+    study.print_status(study.load_profile(path), tmp_path)
+    assert "was made with stem_stride = 2, now 1; delete its folder" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"run\.json was made with stem_stride = 2, now 1; delete"):
+        study.Run.plan(path, "baseline", 0, tmp_path).train(study.load_data(**run.profile.data), "cpu")
+
+
+def test_a_checkpoint_of_an_older_version_is_gone_on_with(tmp_path, digits, tiny_model, recipe):
+    """It lacks the entries that tell of a place within an epoch."""
+    train(tiny_model(), digits, recipe(), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(tiny_model(), Signalling(digits, signal.SIGTERM), recipe(), tmp_path / "old")
+    (tmp_path / "old" / "checkpoint.previous.pt").replace(tmp_path / "old" / "checkpoint.pt")
+    state = torch.load(tmp_path / "old" / "checkpoint.pt", weights_only=True)
+    for entry in ("step", "loss", "seconds"):
+        del state["progress"][entry]
+    write_checkpoint(tmp_path / "old", state)
+    assert train(tiny_model(), digits, recipe(), tmp_path / "old")["status"] == "finished"
+    assert same_end(tmp_path / "old", tmp_path / "whole")
+
+
+def test_a_full_disk_in_one_of_several_processes_is_no_failure_of_the_run(profile_file, tmp_path, monkeypatch):
+    run = study.Run.plan(profile_file(devices=2), "baseline", 0, tmp_path)
+
+    def launch(config, work):
+        def start(*arguments):
+            raise ChildFailedError("work", {0: ProcessFailure(0, 1, codes[-1], str(tmp_path / "error.json"))})
+
+        return start
+
+    codes = []
+    monkeypatch.setattr(effnet_lib, "elastic_launch", launch)
+    for said, code, kind in (
+        ("OSError: [Errno 28] No space left on device", 1, OSError),
+        ("Held: by another", 1, effnet_lib.Held),
+        ("Mismatch: made with", 1, effnet_lib.Mismatch),
+        ("Signal 9 (SIGKILL) received", -9, RuntimeError),
+    ):
+        codes.append(code)
+        message = {"message": said, "extraInfo": {"timestamp": "1"}}
+        (tmp_path / "error.json").write_text(json.dumps({"message": message}))
+        with pytest.raises(kind, match="process 0 of 2"):
+            run.train(None, "cpu")
+        assert run.state() == "missing"
 
 
 @pytest.mark.parametrize(
@@ -412,6 +471,8 @@ def test_a_record_says_enough_to_run_it_again(profile_file, tmp_path, capsys):
     assert study.main(["rerun", str(record), "--results", str(tmp_path / "again"), "--device", "cpu"]) == 0
     assert "then" in capsys.readouterr().out
     assert same_end(tmp_path / "again" / run.directory.name, run.directory)
+    assert study.main(["rerun", str(record), "--results", str(tmp_path / "again")]) == 2
+    assert "holds a run already" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="expected a run.json"):
         study.rerun(tmp_path / "nothing")
 
@@ -472,7 +533,11 @@ def test_any_profile_is_valid_or_refused_by_name(values):
 @examples(**GENTLE, max_examples=200)
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
 @example(b"[]")
-@example(b'{"schema": {}}')
+@example(b"a: !!timestamp foo")
+@example(b"a: !!bool foo")
+@example(b"[" * 2000)
+@example(b"a: 2001-13-45")
+@example(b"a: 0b_")
 def test_any_profile_file_is_valid_or_refused(tmp_path, content):
     path = tmp_path / "fuzzed.yaml"
     path.write_bytes(content)
