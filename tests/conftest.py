@@ -97,3 +97,20 @@ def write_record(run, top1=50.0, **changes):
     record |= {"seconds": 9.0, "images_per_second": 7.0, "peak_memory_bytes": 5, "device": {"name": "box"}}
     record |= {"started": "2026-01-02T03:04:05+00:00", "ended": "2026-01-02T04:04:05+00:00"}
     (run.directory / "run.json").write_text(json.dumps(record | changes))
+
+
+class Disturbed:
+    """A data set in which something happens in the middle of an epoch: `act(images)` gives the images to go on with."""
+
+    def __init__(self, data, act, epoch=1, step=2):
+        self.data, self.act, self.where = data, act, (epoch, step)
+
+    def __getattr__(self, name):
+        return getattr(self.data, name)
+
+    def to(self, device):
+        return self
+
+    def train_batches(self, config, epoch, start=0):
+        for step, (images, labels) in enumerate(self.data.train_batches(config, epoch, start), start):
+            yield (self.act(images) if (epoch, step) == self.where else images), labels

@@ -134,9 +134,10 @@ def kill(kills: int, folder: Path, seed: int = 0) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    about = environment(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as place:
         done = kill(int(sys.argv[1]), Path(place), int(sys.argv[2]) if len(sys.argv) > 2 else 0)
-    done |= {"all_ends_equal": True} | environment(torch.device("cpu"))
+    done |= {"all_ends_equal": True} | about
     target = Path(__file__).resolve().parents[1] / "results" / "reliability" / "kills.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, done)

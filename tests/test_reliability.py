@@ -14,7 +14,7 @@ import kill
 import numpy as np
 import pytest
 import torch
-from conftest import write_record
+from conftest import Disturbed, write_record
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -70,23 +70,14 @@ def test_the_deadline_leaves_time_for_a_step_and_a_checkpoint(monkeypatch):
     assert effnet_lib._Stop(None).due(to_save=1.0)
 
 
-class Signalling:
-    """A data set that sends this process a signal in the middle of an epoch."""
+def signalling(data, number=signal.SIGTERM):
+    """A data set that sends this process a signal in the middle of its second epoch."""
 
-    def __init__(self, data, number, epoch=1):
-        self.data, self.number, self.epoch = data, number, epoch
+    def send(images):
+        os.kill(os.getpid(), number)
+        return images
 
-    def __getattr__(self, name):
-        return getattr(self.data, name)
-
-    def to(self, device):
-        return self
-
-    def train_batches(self, config, epoch, start=0):
-        for step, batch in enumerate(self.data.train_batches(config, epoch, start)):
-            if (epoch, step) == (self.epoch, 2):
-                os.kill(os.getpid(), self.number)
-            yield batch
+    return Disturbed(data, send)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -94,7 +85,7 @@ def test_a_signal_stops_training_at_the_next_step(tmp_path, digits, tiny_model, 
     before = signal.getsignal(number)
     train(tiny_model(), digits, recipe(), tmp_path / "whole")
     with pytest.raises(Interrupted, match=f"stopped by {number.name} in epoch 2 after step 3 of 5"):
-        train(tiny_model(), Signalling(digits, number), recipe(), tmp_path / "stopped")
+        train(tiny_model(), signalling(digits, number), recipe(), tmp_path / "stopped")
     assert signal.getsignal(number) == before
     train(tiny_model(), digits, recipe(), tmp_path / "stopped")
     assert same_end(tmp_path / "stopped", tmp_path / "whole")
@@ -102,7 +93,7 @@ def test_a_signal_stops_training_at_the_next_step(tmp_path, digits, tiny_model, 
 
 def test_checkpoints_come_by_steps_and_the_last_two_are_kept(tmp_path, digits, tiny_model, recipe):
     with pytest.raises(Interrupted):
-        train(tiny_model(), Signalling(digits, signal.SIGTERM), recipe(save_steps=2), tmp_path)
+        train(tiny_model(), signalling(digits), recipe(save_steps=2), tmp_path)
     at = [
         torch.load(tmp_path / name, weights_only=True)["progress"]["step"]
         for name in ("checkpoint.pt", "checkpoint.previous.pt")
@@ -204,18 +195,13 @@ with hold(Path(sys.argv[1])):
 # ---- divergence
 
 
-class Poisoned(Signalling):
-    """A data set with a batch that holds an infinite pixel."""
-
-    def train_batches(self, config, epoch, start=0):
-        for step, (images, labels) in enumerate(self.data.train_batches(config, epoch, start)):
-            if (epoch, step) == (self.epoch, 2):
-                images = images.index_fill(0, torch.tensor([0]), math.inf)
-            yield images, labels
+def poisoned(data):
+    """A data set with a batch that holds infinite pixels."""
+    return Disturbed(data, lambda images: images.index_fill(0, torch.tensor([0]), math.inf))
 
 
 def test_divergence_is_told_with_its_very_step(tmp_path, digits, tiny_model, recipe):
-    record = train(tiny_model(), Poisoned(digits, None), recipe(), tmp_path)
+    record = train(tiny_model(), poisoned(digits), recipe(), tmp_path)
     assert record["status"] == "diverged" and record["diverged"]["epoch"] == 2 and record["diverged"]["step"] == 3
     assert record["diverged"]["lr"] == pytest.approx(effnet_lib.learning_rate(recipe(), (5 + 2 + 0.5) / 15))
 
@@ -246,7 +232,7 @@ def test_a_diverged_run_is_tried_with_a_lower_rate_only_if_the_profile_says_so(p
     once = effnet_runs.train
 
     def diverges_at_full_rate(model, data, config, run_dir, **options):
-        return once(model, Poisoned(data, None) if config.lr == 0.05 else data, config, run_dir, **options)
+        return once(model, poisoned(data) if config.lr == 0.05 else data, config, run_dir, **options)
 
     monkeypatch.setattr(effnet_runs, "train", diverges_at_full_rate)
     settings = {"epochs": 2, "batch_size": 10, "optimizer": "sgd", "lr": 0.05, "norm_momentum": 0.1}
@@ -272,7 +258,7 @@ def test_a_diverged_run_is_tried_with_a_lower_rate_only_if_the_profile_says_so(p
 def test_a_full_disk_is_told_and_the_next_start_goes_on(tmp_path, digits, tiny_model, recipe):
     train(tiny_model(), digits, recipe(), tmp_path / "whole")
     with pytest.raises(Interrupted):
-        train(tiny_model(), Signalling(digits, signal.SIGTERM), recipe(), tmp_path / "full")
+        train(tiny_model(), signalling(digits), recipe(), tmp_path / "full")
     kept = {path.name: path.read_bytes() for path in (tmp_path / "full").glob("checkpoint*")}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -319,7 +305,7 @@ def test_data_deleted_between_two_starts_is_told_and_nothing_is_lost(image_folde
 def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, digits, tiny_model, recipe, capsys):
     train(tiny_model(), digits, recipe(), tmp_path / "whole")
     with pytest.raises(Interrupted):
-        train(tiny_model(), Signalling(digits, signal.SIGTERM), recipe(), tmp_path / "torn")
+        train(tiny_model(), signalling(digits), recipe(), tmp_path / "torn")
     path = tmp_path / "torn" / "checkpoint.pt"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1  # a single bit
@@ -335,7 +321,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, digits, tiny_mo
 def test_a_checkpoint_of_another_run_gives_way_to_the_one_before(tmp_path, digits, tiny_model, recipe, capsys):
     for name, changes in (("own", {}), ("other", {"lr": 0.02})):
         with pytest.raises(Interrupted):
-            train(tiny_model(), Signalling(digits, signal.SIGTERM), recipe(**changes), tmp_path / name)
+            train(tiny_model(), signalling(digits), recipe(**changes), tmp_path / name)
     (tmp_path / "other" / "checkpoint.pt").replace(tmp_path / "own" / "checkpoint.pt")
     assert train(tiny_model(), digits, recipe(), tmp_path / "own")["status"] == "finished"
     said = capsys.readouterr().out
@@ -396,7 +382,7 @@ def test_a_checkpoint_of_an_older_version_is_gone_on_with(tmp_path, digits, tiny
     """It lacks the entries that tell of a place within an epoch."""
     train(tiny_model(), digits, recipe(), tmp_path / "whole")
     with pytest.raises(Interrupted):
-        train(tiny_model(), Signalling(digits, signal.SIGTERM), recipe(), tmp_path / "old")
+        train(tiny_model(), signalling(digits), recipe(), tmp_path / "old")
     (tmp_path / "old" / "checkpoint.previous.pt").replace(tmp_path / "old" / "checkpoint.pt")
     state = torch.load(tmp_path / "old" / "checkpoint.pt", weights_only=True)
     for entry in ("step", "loss", "seconds"):

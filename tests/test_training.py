@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from conftest import Disturbed
 from torch import nn
 
 from effnet_data import load_data
@@ -193,23 +194,13 @@ class Kill(BaseException):
     """Not an Exception: the trainer must not mistake it for a failure of the run."""
 
 
-class Killing:
+def killing(data, epoch, error=Kill):
     """A data set that raises in the middle of one epoch."""
 
-    def __init__(self, data, epoch, error=Kill):
-        self.data, self.epoch, self.error = data, epoch, error
+    def fail(images):
+        raise error("in the middle")
 
-    def __getattr__(self, name):
-        return getattr(self.data, name)
-
-    def to(self, device):
-        return self
-
-    def train_batches(self, config, epoch, start=0):
-        for step, batch in enumerate(self.data.train_batches(config, epoch, start)):
-            if (epoch, step) == (self.epoch, 1):
-                raise self.error("in the middle")
-            yield batch
+    return Disturbed(data, fail, epoch, step=1)
 
 
 @pytest.mark.parametrize("optimizer", ["rmsprop", "sgd"])
@@ -218,7 +209,7 @@ def test_a_killed_run_continues_to_the_same_end(tmp_path, digits, tiny_model, re
     train(tiny_model(), digits, config, tmp_path / "whole")
     for epoch in (0, 2, 3):
         with pytest.raises(Kill):
-            train(tiny_model(), Killing(digits, epoch), config, tmp_path / "killed")
+            train(tiny_model(), killing(digits, epoch), config, tmp_path / "killed")
         assert read_record(tmp_path / "killed") is None
     train(tiny_model(seed=5), digits, config, tmp_path / "killed")  # the weights come from the checkpoint
     assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
@@ -229,12 +220,12 @@ def test_a_killed_run_continues_to_the_same_end(tmp_path, digits, tiny_model, re
 
 def test_a_finished_run_is_not_repeated(tmp_path, digits, tiny_model, recipe):
     first = train(tiny_model(), digits, recipe(), tmp_path)
-    assert train(tiny_model(), Killing(digits, 0), recipe(), tmp_path) == first
+    assert train(tiny_model(), killing(digits, 0), recipe(), tmp_path) == first
 
 
 def test_how_a_run_is_executed_does_not_make_it_another(tmp_path, digits, tiny_model, recipe):
     first = train(tiny_model(), digits, recipe(), tmp_path)
-    assert train(tiny_model(), Killing(digits, 0), recipe(checkpointing=True, compile="never"), tmp_path) == first
+    assert train(tiny_model(), killing(digits, 0), recipe(checkpointing=True, compile="never"), tmp_path) == first
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path, digits, tiny_model, recipe):
@@ -252,7 +243,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path, digits, tiny_model, recipe
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path, digits, tiny_model, recipe):
     with pytest.raises(Kill):
-        train(tiny_model(), Killing(digits, 1), recipe(), tmp_path)
+        train(tiny_model(), killing(digits, 1), recipe(), tmp_path)
     with pytest.raises(ValueError, match="checkpoint.pt was made with config lr"):
         train(tiny_model(), digits, recipe(lr=0.02), tmp_path)
 
@@ -260,7 +251,7 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path, digits, tiny_model,
 def test_a_torn_checkpoint_is_told_and_the_run_starts_anew(tmp_path, digits, tiny_model, recipe, capsys):
     train(tiny_model(), digits, recipe(), tmp_path / "whole")
     with pytest.raises(Kill):
-        train(tiny_model(), Killing(digits, 2), recipe(), tmp_path / "torn")
+        train(tiny_model(), killing(digits, 2), recipe(), tmp_path / "torn")
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         path = tmp_path / "torn" / name
         path.write_bytes(path.read_bytes()[:-1000])
@@ -281,7 +272,7 @@ def test_a_damaged_record_is_named(tmp_path):
 
 def test_a_failing_run_is_recorded_and_not_run_again(tmp_path, digits, tiny_model, recipe):
     with pytest.raises(ArithmeticError, match="in the middle"):
-        train(tiny_model(), Killing(digits, 1, ArithmeticError), recipe(), tmp_path)
+        train(tiny_model(), killing(digits, 1, ArithmeticError), recipe(), tmp_path)
     record = train(tiny_model(), digits, recipe(), tmp_path)
     assert record["status"] == "failed" and "in the middle" in record["error"]
 
