@@ -43,6 +43,7 @@ _BY_STATUS = {
         cost=_has(params=_COUNT, flops=_COUNT, activations=_COUNT),
         dataset=_has(title="string", classes=_COUNT, counts=_has(train=_COUNT, minival=_COUNT, test=_COUNT)),
         device=_has(name="string"),
+        versions=_has(python="string", torch="string"),
         git=_has(commit=["string", "null"]),
         test=_SCORES,
         test_raw=_has(top1="number"),

@@ -94,6 +94,7 @@ def write_record(run, top1=50.0, **changes):
     record |= {"test": {"top1": top1, "top5": 90.0, "loss": 1.0}, "test_raw": {"top1": 45.0}}
     counts = {"train": 9, "minival": 9, "test": 1000}
     record |= {"dataset": {"title": "T", "classes": 10, "counts": counts}, "git": {"commit": "abc"}}
+    record |= {"versions": {"python": "3", "torch": "2"}}
     record |= {"seconds": 9.0, "images_per_second": 7.0, "peak_memory_bytes": 5, "device": {"name": "box"}}
     record |= {"started": "2026-01-02T03:04:05+00:00", "ended": "2026-01-02T04:04:05+00:00"}
     (run.directory / "run.json").write_text(json.dumps(record | changes))
