@@ -1,5 +1,6 @@
 """Nothing is ever lost: kills, time budgets, signals, full disks, torn and foreign files, records that are true."""
 
+import errno
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import kill
 import numpy as np
@@ -273,6 +275,31 @@ def test_a_full_disk_is_told_and_the_next_start_goes_on(tmp_path, digits, tiny_m
     assert not list((tmp_path / "full").glob("*partial*")) and read_record(tmp_path / "full") is None
     train(tiny_model(), digits, recipe(), tmp_path / "full")
     assert same_end(tmp_path / "full", tmp_path / "whole")
+
+
+def test_a_disk_that_is_full_at_any_write_loses_nothing(tmp_path, digits, tiny_model, recipe, monkeypatch):
+    """The first write of the first start gets half of its content onto the disk, the second of the second start ..."""
+    train(tiny_model(), digits, recipe(), tmp_path / "whole")
+    write, starts, named = Path.write_bytes, 0, set()
+
+    def fails_once(path, content):
+        nonlocal left
+        left -= 1
+        write(path, content if left else content[: len(content) // 2])
+        if left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", fails_once)
+    monkeypatch.setattr(Path, "write_text", lambda path, content: fails_once(path, content.encode()))
+    while read_record(tmp_path / "full") is None:
+        starts += 1
+        left = starts + 1  # one more: that of .holder, which is allowed to fail
+        try:
+            train(tiny_model(), digits, recipe(), tmp_path / "full")
+        except OSError as error:
+            assert error.errno == errno.ENOSPC and not list((tmp_path / "full").glob(".*partial"))
+            named.add(Path(error.filename).name)
+    assert named == {"history.jsonl", "checkpoint.pt", "run.json"} and same_end(tmp_path / "full", tmp_path / "whole")
 
 
 @pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="needs a folder that nobody can write to")
