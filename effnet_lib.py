@@ -122,8 +122,16 @@ class TrainConfig:
     )
     ema_decay: float = 0.9999  # reached after a warm-up, min(decay, (1 + n) / (10 + n)) at step n
     precision: str = "auto"  # auto: bf16 on a GPU that has it, else fp16, fp32 on a CPU
-    crop_area: float = 0.25  # random resized crop: least share of the image's area; 1 switches cropping off
+    crop_area: float = 0.25  # random resized crop: least area drawn, before sides are cut to the image's; 1 is off
     flip: bool = True  # random horizontal flip; not for digits
+    translate: float = 0.0  # by up to this share of a side, mirrored at the edges; CIFAR's 4 of 32 pixels are 0.125
+    rotate: float = 0.0  # by up to so many degrees, mirrored at the edges
+    color_jitter: float = 0.0  # brightness, contrast and saturation by up to this share
+    hue: float = 0.0  # turned by up to this share of the circle
+    randaugment: int = 0  # magnitude, of 30, of two of torchvision's 14 operations for each image; 0 is off
+    erasing: float = 0.0  # random erasing: share of the images
+    mixup: float = 0.0  # alpha of its Beta distribution; 0 is off
+    cutmix: float = 0.0  # the same; with both, each image undergoes one of them
     sync_norm: bool = False  # on several GPUs: batch norm over all of a step's images, not over each GPU's own
     checkpointing: bool = False  # less memory, more time, the same result: see EfficientNet
     compile: str = "auto"  # torch.compile the blocks: always, never, or auto: on a GPU
@@ -151,9 +159,13 @@ class TrainConfig:
             ("save_steps", "at least 0", lambda v: v >= 0),
             ("save_seconds", "above 0", lambda v: v > 0),
             ("batch_size", "at least 2", lambda v: v >= 2),
-            ("seed weight_decay clip_norm", "finite and at least 0", lambda v: 0 <= v < math.inf),
+            ("seed weight_decay clip_norm mixup cutmix", "finite and at least 0", lambda v: 0 <= v < math.inf),
             ("lr", "finite and above 0", lambda v: 0 < v < math.inf),
             ("crop_area norm_momentum", "above 0 and at most 1", lambda v: 0 < v <= 1),
+            ("color_jitter erasing", "in [0, 1]", lambda v: 0 <= v <= 1),
+            ("translate hue", "in [0, 0.5]", lambda v: 0 <= v <= 0.5),
+            ("rotate", "in [0, 180]", lambda v: 0 <= v <= 180),
+            ("randaugment", "in [0, 30]", lambda v: 0 <= v <= 30),
             ("momentum warmup label_smoothing dropout drop_path ema_decay", "in [0, 1)", lambda v: 0 <= v < 1),
         )
         for names, meaning, holds in rules:
@@ -512,7 +524,8 @@ def train(
 
     `data` is any object with `to(device)`, `counts` ({"train": n, "minival": n, "test": n}), `describe()` (a dict
     with a "fingerprint"), `train_batches(config, epoch, start)` (from step `start` on) and `eval_batches(split,
-    resolution, batch_size)`; both yield (images (N, 3, R, R) float, labels (N,)). `about` is added to the record.
+    resolution, batch_size)`; both yield (images (N, 3, R, R) float, labels (N,), or (N, classes) of mixed images).
+    `about` is added to the record.
 
     `run_dir` also gets history.jsonl (a line per epoch, minival with the EMA weights), test_correct.npy (per image,
     EMA weights), in the end weights.safetensors (EMA), and until then the last two checkpoints. Calling again
