@@ -168,7 +168,7 @@ def _checked_profile(name: str, values: object) -> Profile:
         raise ValueError(f"its name {name!r} names a results folder: use letters, digits, '.', '_' and '-'")
     if values["purpose"] not in PURPOSES:
         raise unknown_name("purpose", values["purpose"], PURPOSES)
-    arguments = ("name", "size", "classes", "train_per_class", "minival", "split_seed", "title")
+    arguments = ("name", "size", "classes", "train_per_class", "minival", "test", "split_seed", "title")
     for key in values["data"]:
         if key not in arguments:
             raise unknown_name("data setting", key, arguments)

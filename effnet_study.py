@@ -30,7 +30,7 @@ import torch
 import yaml
 from scipy import stats
 
-from effnet_data import load_data
+from effnet_data import NAMES, DamagedImages, data_root, describe_data, inspect_data, load_data, sample_grid
 from effnet_lib import (
     CHECKPOINTS,
     TABLE7,
@@ -42,6 +42,7 @@ from effnet_lib import (
     round_resolution,
     scaled_cost,
     unknown_name,
+    write_json,
 )
 from effnet_records import save_figure, save_table  # noqa: F401 - passed on to the notebooks
 from effnet_runs import (  # noqa: F401 - some of them only passed on
@@ -519,6 +520,26 @@ def _cost_table(names: Sequence[str], resolution: int | None, num_classes: int, 
     )
 
 
+def report_data(name: str, root: str | None, size: int | None, classes: int | None, output: str | None) -> int:
+    """Say what a data set is, in words, and in NAME.json and NAME.png in `output`. Damaged images are named, and 2."""
+    try:
+        data = load_data(name, root, size=size, classes=classes)
+    except DamagedImages as error:
+        print("\n".join(f"{path}: {reason}" for path, reason in error.files))
+        print(f"{len(error.files)} files cannot be read as an image; repair or remove them")
+        return 2
+    folder = Path(output or data_root(root) / "reports")
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{name}-{len(data.classes)}-{data.images.shape[1]}px"
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-")
+    facts = inspect_data(data)
+    print(describe_data(facts))
+    write_json(folder / f"{stem}.json", facts)
+    sample_grid(data).savefig(folder / f"{stem}.png", dpi=150)
+    print(f"  written to {folder / stem}.json and .png")
+    return 2 if facts["cache"] and facts["cache"]["damaged_blocks"] else 0
+
+
 def _settings(words: Iterable[str]) -> dict[str, object]:
     """NAME=VALUE words as settings, their values read as in a profile."""
     pairs = [word.partition("=") for word in words]
@@ -595,9 +616,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub.add_argument("--resolution", type=int, help="pixels at resolution coefficient 1 (default: 224)")
     sub.add_argument("--classes", type=int, default=1000)
     sub.add_argument("--stem-stride", type=int, default=2, choices=(1, 2))
-    sub = command("data", "fetch a data set if it is missing, load it, and say what it is", profile=False)
-    sub.add_argument("name", help="digits, cifar10, cifar100, tiny-imagenet or folder:PATH")
+    sub = command("data", "fetch a data set if it is missing, check every image, and say what it is", profile=False)
+    sub.add_argument("name", help=f"one of {', '.join(NAMES)}")
     sub.add_argument("--root", metavar="DIR", help="where data lies (default: $EFFNET_DATA, else ./data)")
+    sub.add_argument(
+        "--size", type=int, help="pixels of a side at which images are stored (default: the data set's own)"
+    )
+    sub.add_argument("--classes", type=int, help="only the first so many classes")
+    sub.add_argument("--output", metavar="DIR", help="for NAME.json and NAME.png, a grid (default: reports/ in there)")
     args = parser.parse_args(arguments)
 
     # A scheduler's SIGTERM must reach the kernel as an interrupt; a background shell starts us with SIGINT ignored.
@@ -633,7 +659,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif args.command == "cost":
             print(_cost_table(args.networks, args.resolution, args.classes, args.stem_stride))
         else:
-            print(json.dumps(load_data(args.name, args.root).describe(), indent=2))
+            return report_data(args.name, args.root, args.size, args.classes, args.output)
         return 0
     except (ValueError, OSError, RuntimeError) as error:
         print(f"effnet: {error}", file=sys.stderr)
