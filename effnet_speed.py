@@ -2,17 +2,25 @@
 
 import multiprocessing
 import random
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 from torchvision.models import get_model
 
 import effnet_model
+from effnet_data import load_data
 from effnet_lib import TrainConfig, Trainer, _autocast, keep_freed_memory, peak_memory, unknown_name
 from effnet_model import TABLE7, EfficientNet, Scaling
 
@@ -173,6 +181,83 @@ def _serve(pipe, contender: Contender, device: str, threads: int) -> None:
         pipe.send(peak_memory(device))
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
+
+
+def write_tiles(folder: Path, px: int) -> None:
+    """The two photographs that scikit-learn brings, cut into overlapping JPEG tiles: folder/PHOTOGRAPH/NUMBER.jpg."""
+    for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
+        (folder / name).mkdir(parents=True)
+        height, width, _ = photograph.shape
+        corners = [(y, x) for y in range(0, height - px, 12) for x in range(0, width - px, 12)]
+        for number, (y, x) in enumerate(corners):
+            Image.fromarray(photograph[y : y + px, x : x + px]).save(folder / name / f"{number}.jpg", quality=90)
+
+
+class _InMemory(Dataset):
+    """Decoded images that become PIL's again one by one, as in torchvision's CIFAR10."""
+
+    def __init__(self, images: np.ndarray, transform: Callable):
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), 0
+
+
+def measure_input(
+    px: int, device: torch.device, *, batch_size: int = 128, rounds: int = 9, workers: int = 2, least: float = 0.5
+) -> list[dict]:
+    """Time the input path alone, from stored images to batches for training on the device, side by side: a random
+    resized crop and flip by PIL in a DataLoader and by ours, and ours with other augmentations.
+
+    Returns rows {"path", "round", "images_per_second"}; a measurement is at least one pass and `least` seconds.
+    """
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does
+    with tempfile.TemporaryDirectory() as place:
+        write_tiles(Path(place) / "tiles", px)
+        data = load_data("folder:tiles", place, size=px, test=0.05, cache=place).to(device)
+        field = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(px, scale=(0.25, 1)),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize((data.mean / 255).tolist(), (data.std / 255).tolist()),
+            ]
+        )
+        stored = data.decoded.images[data.indices["train"].cpu().numpy()]
+        peers = {
+            f"PIL, JPEG files, {workers} workers": ImageFolder(Path(place) / "tiles", field),
+            f"PIL, images in memory, {workers} workers": _InMemory(stored, field),
+        }
+        options = {"batch_size": batch_size, "shuffle": True, "drop_last": True, "num_workers": workers}
+        options |= {"persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
+        loaders = {name: DataLoader(peer, **options) for name, peer in peers.items()}
+        passes = {
+            name: lambda loader=loader: ((x.to(device, non_blocking=True), y) for x, y in loader)
+            for name, loader in loaders.items()
+        }
+        ours = {"crop and flip": {}, "translation and flip": {"crop_area": 1.0, "translate": 0.125}}
+        ours |= {
+            "crop, flip, RandAugment": {"randaugment": 9},
+            "crop, flip, mixup, CutMix": {"mixup": 0.2, "cutmix": 1.0},
+        }
+        for name, changes in ours.items():
+            config = TrainConfig(px, batch_size=batch_size, **changes)
+            passes[f"ours: {name}"] = lambda config=config: data.train_batches(config, 0)
+        rows, order = [], random.Random(0)
+        for turn in range(rounds + 1):  # the first one warms up
+            for name in order.sample(list(passes), len(passes)):
+                images, begin, seconds = 0, time.perf_counter(), 0.0
+                while not images or seconds < least:
+                    images += sum(len(x) for x, _ in passes[name]())
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                    seconds = time.perf_counter() - begin
+                rows += [{"path": name, "round": turn, "images_per_second": images / seconds}] if turn else []
+        return rows
 
 
 def estimate_seconds(model: nn.Module, data, config: TrainConfig, device: torch.device, budget: float = 10) -> float:
