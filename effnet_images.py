@@ -131,10 +131,11 @@ def scan(folder: Path, under: str = "") -> list[tuple[str, int, int]]:
     found, deeper = [], []
     with os.scandir(folder / under) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            name = entry.name
+            if name.startswith("."):
                 continue
-            path = f"{under}/{entry.name}" if under else entry.name
-            if os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():
+            path = f"{under}/{name}" if under else name
+            if name[name.rfind(".") :].lower() in SUFFIXES and entry.is_file():
                 stat = entry.stat()
                 found.append((path, stat.st_size, stat.st_mtime_ns))
             elif entry.is_dir():
