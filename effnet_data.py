@@ -436,10 +436,12 @@ def _list_tiny_imagenet(root: Path, classes: int | None, download: bool) -> _Sou
     """Tiny ImageNet in its published layout. Its labelled val set is our test set; its own test set has no labels."""
     folder = provide("tiny-imagenet", ARCHIVES["tiny-imagenet"], root, download)
     wnids, words, annotations = (
-        [line.split("\t") for line in _text(folder / file, "tiny-imagenet").splitlines() if line.strip()]
+        [line for line in _text(folder / file, "tiny-imagenet").splitlines() if line.strip()]
         for file in ("wnids.txt", "words.txt", "val/val_annotations.txt")
     )
-    wnids, words = [line[0].strip() for line in wnids][:classes], {line[0]: line[-1] for line in words}
+    wnids = [wnid.strip() for wnid in wnids][:classes]
+    number = {wnid: label for label, wnid in enumerate(wnids)}
+    words = dict(line.split("\t", 1) for line in words if line.partition("\t")[0] in number)  # of 82,000 others too
     absent = [wnid for wnid in wnids if not (folder / "train" / wnid / "images").is_dir()]
     if absent:
         have = wnids.index(absent[0])
@@ -450,8 +452,8 @@ def _list_tiny_imagenet(root: Path, classes: int | None, download: bool) -> _Sou
     source = _Source([words.get(wnid, wnid).split(",")[0] for wnid in wnids], folder=folder)
     for label, wnid in enumerate(wnids):
         source.add(scan(folder, f"train/{wnid}/images"), label, 0)
-    number = {wnid: label for label, wnid in enumerate(wnids)}
-    labelled = [(f"val/images/{image}", number[wnid]) for image, wnid, *_ in annotations if wnid in number]
+    rows = [line.split("\t")[:2] for line in annotations]
+    labelled = [(f"val/images/{image}", number[wnid]) for image, wnid in rows if wnid in number]
     where = folder / "val" / "val_annotations.txt"
     images = _listed(scan(folder, "val/images"), [image for image, _ in labelled], where)
     for image, (_, label) in zip(images, labelled, strict=True):
