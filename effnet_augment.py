@@ -115,7 +115,8 @@ def resize(images: Tensor, resolution: int) -> Tensor:
 
 
 def augment(images: Tensor, resolution: int, draws: Mapping[str, Tensor]) -> Tensor:
-    """uint8 (N, H, W, 3) to float (N, 3, R, R) in [0, 255] by the draws of N samples; all but what comes after."""
+    """uint8 (N, H, W, 3) to float (N, 3, R, R) in [0, 255], by the draws of N samples: all that is done to an image
+    before it is mixed with another."""
     here = {name: values.to(images.device, non_blocking=True) for name, values in draws.items()}
     if "shift" in draws or "mirrored" in draws:
         images = _move(images, here.get("shift"), here.get("most"), here.get("mirrored"))
@@ -148,8 +149,7 @@ def mix(
     images = torch.where(pasted, others, torch.lerp(others, images, own.view(-1, 1, 1, 1)))
     # Of the box, what its pixels cover
     own = (own * (1 - pasted.float().mean((1, 2, 3))))[:, None]
-    one_hot = F.one_hot
-    return images, own * one_hot(labels, classes) + (1 - own) * one_hot(their_labels, classes)
+    return images, own * F.one_hot(labels, classes) + (1 - own) * F.one_hot(their_labels, classes)
 
 
 def erase(images: Tensor, draws: Mapping[str, Tensor]) -> Tensor:
