@@ -223,7 +223,7 @@ def _decode(listing: Listing, size: int) -> Iterator[tuple[np.ndarray, Counter, 
     processes = joblib.cpu_count() if len(work) > 8 else 1  # starting one takes seconds
     ahead = 4 * processes  # blocks, so that memory stays bounded where decoding is faster than the disk
     begin = time.perf_counter()
-    print(f"decoding {len(names):,} images of {listing.folder} to {size} px, once", flush=True)
+    print(f"decoding {len(names):,} images of {listing.folder.name} to {size} px, once", flush=True)
     with (
         joblib.Parallel(n_jobs=processes, return_as="generator") as parallel,
         tqdm(total=len(names), unit=" images", leave=False, disable=None) as bar,
