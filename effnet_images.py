@@ -95,17 +95,25 @@ def unpack(archive: Path, place: Path) -> None:
     try:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as packed:
-                for name in packed.namelist():
-                    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-                        raise ValueError(f"{archive}: {name!r} would be written elsewhere; this archive is not safe")
+                _check_names(archive, packed.namelist())
                 packed.extractall(place)  # checks every member's CRC
         else:
             with tarfile.open(archive) as packed:
-                packed.extractall(place, filter="data")
-    except tarfile.FilterError as error:
-        raise ValueError(f"{archive}: {error}; this archive is not safe") from None
+                members = packed.getmembers()
+                _check_names(archive, [member.name for member in members])
+                odd = [member.name for member in members if not (member.isfile() or member.isdir())]
+                if odd:
+                    raise ValueError(f"{archive}: {odd[0]!r} is a link or a device; this archive is not safe")
+                filtered = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in Python 3.11.2
+                packed.extractall(place, **filtered)
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
         raise ValueError(f"{archive} is damaged ({str(error).splitlines()[0]}); fetch it anew") from None
+
+
+def _check_names(archive: Path, names: list[str]) -> None:
+    for name in names:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+            raise ValueError(f"{archive}: {name!r} would be written elsewhere; this archive is not safe")
 
 
 # ---- 2. Listings ---------------------------------------------------------------------------------------------------
