@@ -265,7 +265,11 @@ def test_the_benchmark_times_ours_and_others(benched):
     assert list(methods.index) == [*TABLE7, "torchvision's B0", "timm's B0"]
     assert methods["activations"]["baseline"] == scaled_cost(TABLE7["baseline"], 32).activations
     assert (methods[["forward_ms", "data_ms"]].loc[list(TABLE7)] > 0).all().all()
-    for figure in ("peers", "split", "predictors"):
+    assert methods["data_percent"][list(TABLE7)].between(0, 100).all()
+    inputs = pd.read_csv(benched / "input.csv").set_index("path")
+    assert {path.partition(",")[0].partition(":")[0] for path in inputs.index} == {"PIL", "ours"}
+    assert (inputs["images_per_second"] > 0).all() and inputs["over_memory"]["PIL, images in memory, 2 workers"] == 1
+    for figure in ("peers", "split", "predictors", "input"):
         assert (benched / "figures" / f"{figure}.svg").stat().st_size > 5000
 
 
