@@ -17,9 +17,8 @@ import re
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -98,9 +97,8 @@ class ImageData:
         if self.device == device and whole is None:
             return self
         if whole is None:
-            whole = (
-                self.images.nbytes <= (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory()) // 2
-            )
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory()
+            whole = self.images.nbytes <= free // 2
         moved = {name: getattr(self, name).to(device) for name in ("mean", "std")}
         if whole:
             moved |= {name: getattr(self, name).to(device) for name in ("images", "labels")}
@@ -160,16 +158,17 @@ class ImageData:
             batch = self.images[index], self.labels[index]
             return tuple(part.pin_memory() for part in batch) if self.device.type == "cuda" else batch
 
-        waiting, batches, most = deque(), iter(batches), 2 * threads
+        def fetch(batch: Future) -> tuple[Tensor, Tensor]:
+            return tuple(part.to(self.device, non_blocking=True) for part in batch.result())
+
+        waiting = deque()
         with ThreadPoolExecutor(threads) as pool:
             try:
-                while True:
-                    waiting.extend(pool.submit(read, index) for index in islice(batches, most - len(waiting)))
-                    if not waiting:
-                        return
-                    batch = waiting.popleft().result()
-                    most = min(2 * threads, 1 + 2**31 // batch[0].nbytes)  # no more than 2 GiB ahead
-                    yield tuple(part.to(self.device, non_blocking=True) for part in batch)
+                for index in batches:
+                    waiting.append(pool.submit(read, index))
+                    if len(waiting) > min(2 * threads, 2**31 // (len(index) * self.images[0].nbytes)):  # or 2 GiB
+                        yield fetch(waiting.popleft())
+                yield from map(fetch, waiting)
             finally:
                 pool.shutdown(cancel_futures=True)
 

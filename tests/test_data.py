@@ -285,6 +285,7 @@ def test_every_mode_becomes_8_bit_rgb(mode, tmp_path):
     expected = np.where(levels > 127, 255, 0) if mode == "1" else levels
     assert got.dtype == np.uint8 and found[0] == mode[0]
     assert mode == "1" or np.abs(got.astype(int) - expected[..., None]).max() <= 2
+    assert mode != "1" or set(got.flatten().tolist()) == {0, 255}  # dithered
 
 
 def test_transparency_is_laid_over_white(tmp_path):
