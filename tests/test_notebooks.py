@@ -35,6 +35,18 @@ def test_source_notebooks_hold_no_outputs_and_say_what_they_need(path):
     assert f'check_notebook("{path.stem}", globals())' in notebook.cells[2].source
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_every_heading_is_followed_by_code_of_its_own(path):
+    asked = None
+    for cell in nbformat.read(path, as_version=4).cells:
+        headings = [line for line in cell.source.splitlines() if line.startswith("## ")]
+        if cell.cell_type == "code":
+            asked = None
+            continue
+        assert len(headings) <= 1 and not (asked and headings), f"nothing under {asked or headings[0]}"
+        asked = headings[0] if headings else asked
+
+
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     """A whole study through the command, as a user runs it: (exit status, its text, the results folder)."""
