@@ -319,6 +319,8 @@ def _split(name, source: _Source, classes, train_per_class, minival, split_seed)
             raise ValueError(
                 f"minival: cannot hold out {minival} of {name}'s {len(train)} training images: {error}"
             ) from None
+    else:  # what was not split has not been shuffled either
+        train = np.random.default_rng(split_seed).permutation(train)
     if train_per_class is not None:
         train = np.concatenate([train[labels[train] == c][:train_per_class] for c in range(count)])
     split = {"train": np.sort(train), "minival": np.sort(held_out), "test": test}

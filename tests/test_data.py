@@ -170,6 +170,16 @@ def test_a_folder_of_its_own_three_parts_keeps_them(image_folder, tmp_path):
         assert {data.files[i].split("/")[0] for i in data.indices[split]} == {part}
 
 
+def test_fewer_training_images_are_drawn_where_minival_is_given_too(image_folder, tmp_path):
+    folder = image_folder(parts=("train", "val", "test"))
+    chosen = []
+    for seed in (0, 0, 1):
+        data = load_data(f"folder:{folder}", tmp_path, size=12, train_per_class=4, split_seed=seed)
+        assert data.counts == {"train": 8, "minival": 20, "test": 20}
+        chosen.append([data.files[i] for i in data.indices["train"]])
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
 def test_a_folder_without_parts_is_split_by_class_and_seed(image_folder, tmp_path):
     folder = image_folder(parts=("",), count=20)
     data = load_data(f"folder:{folder}", tmp_path, size=12, test=0.25)
