@@ -42,8 +42,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
 from effnet_model import (  # noqa: F401 - most of them only passed on
+    HEAD_CHANNELS,
     SE_RATIO,
     STAGES,
+    STEM_CHANNELS,
     TABLE7,
     VARIANT_DROPOUT,
     VARIANTS,
@@ -519,6 +521,7 @@ def train(
     about: Mapping | None = None,
     device=None,
     deadline: float | None = None,
+    each_epoch: Callable[[dict], bool | None] | None = None,
 ) -> dict:
     """Train, score once on test, and return the run record, which is also written to `run_dir/run.json`.
 
@@ -531,7 +534,9 @@ def train(
     EMA weights), in the end weights.safetensors (EMA), and until then the last two checkpoints. Calling again
     continues an interrupted run as if nothing had happened, and returns the record of a finished, failed or diverged
     one. In time for `deadline` (Unix time; default $EFFNET_DEADLINE), or on SIGTERM or SIGINT, it stops at the next
-    step with a checkpoint and raises Interrupted.
+    step with a checkpoint and raises Interrupted. `each_epoch` is called with every epoch's row of the history, those
+    of a continued or ended run first; where it returns true before the last epoch, the run ends with status "pruned",
+    not scored on test and without weights.
 
     Called in each of several processes of torch's elastic launcher (torchrun), it trains one network on all their
     devices; `data.train_batches` then takes shard=(rank, processes) too. There memory running out raises the error, and
@@ -556,7 +561,10 @@ def train(
         record = read_record(run_dir)
         if record is not None:
             _check_identity(run_dir / "run.json", record, identity)
-            _tidy(run_dir)
+            _tidy(run_dir, record)
+            if each_epoch is not None and (run_dir / "history.jsonl").exists():
+                for line in (run_dir / "history.jsonl").read_text().splitlines():
+                    each_epoch(json.loads(line))
             return record
         checkpoint = read_checkpoint(
             run_dir, lambda path, checkpoint: _check_identity(path, checkpoint["identity"], identity)
@@ -568,7 +576,8 @@ def train(
         stop = _Stop(deadline)
         try:
             with stop:
-                record = head | _train(model, data, config, run_dir, device, label, checkpoint, identity, stop)
+                place = (run_dir, device, label, checkpoint, identity, stop)
+                record = head | _train(model, data, config, *place, each_epoch or (lambda row: False))
         except OSError:  # a full disk, a folder that is gone: the machine's failure, not the run's
             raise
         except Exception as error:
@@ -577,15 +586,18 @@ def train(
             raise
         if first:
             write_record(run_dir, record)
-            _tidy(run_dir)
+            _tidy(run_dir, record)
+            if record["status"] == "finished":
+                scores = f"top-1 {record['test']['top1']:.2f} % (raw weights {record['test_raw']['top1']:.2f} %)"
+                print(f"{label}  {about.get('scored', 'test')} {scores}", flush=True)
         if several:
             dist.barrier()
         return read_record(run_dir)
 
 
-def _tidy(run_dir: Path) -> None:
-    """A finished run that has its weights needs no checkpoint any more."""
-    for name in CHECKPOINTS if (run_dir / WEIGHTS).exists() else ():
+def _tidy(run_dir: Path, record: Mapping) -> None:
+    """A finished run that has its weights needs no checkpoint any more, nor does a pruned one."""
+    for name in CHECKPOINTS if (run_dir / WEIGHTS).exists() or record["status"] == "pruned" else ():
         (run_dir / name).unlink(missing_ok=True)
 
 
@@ -642,7 +654,7 @@ def launch(processes: int, work: Callable, arguments: tuple, run_dir: Path) -> s
             return said
 
 
-def _train(model, data, config, run_dir, device, label, checkpoint, identity, stop) -> dict:
+def _train(model, data, config, run_dir, device, label, checkpoint, identity, stop, each_epoch) -> dict:
     """The loop of `train`: what the record says of how it went."""
     trainer, data = Trainer(model, config, device), data.to(device)
     progress = {"history": [], "step": 0, "loss": 0.0, "seconds": 0.0}  # the last three: of the epoch that is under way
@@ -680,7 +692,11 @@ def _train(model, data, config, run_dir, device, label, checkpoint, identity, st
         if trainer.world == 1 and stop.due(to_save):
             pause()
 
+    pruned = any([each_epoch(row) for row in history])
     for epoch in range(len(history), config.epochs):
+        if trainer.any(bool(pruned)):
+            print(f"{label}  pruned after epoch {epoch}", flush=True)
+            return {"status": "pruned"} | _closing(trainer, progress)
         begin, loss = time.perf_counter() - progress["seconds"], torch.full((), progress["loss"], device=device)
         batches = data.train_batches(config, epoch, progress["step"], **shard)
         quiet = not (first and sys.stdout.isatty())
@@ -728,6 +744,7 @@ def _train(model, data, config, run_dir, device, label, checkpoint, identity, st
             replace_file(run_dir / "history.jsonl", lambda path, lines=lines: path.write_text(lines))
             print(_epoch_line(label, history, config.epochs), flush=True)
         save()
+        pruned = each_epoch(history[-1])
 
     if not first:
         return {}
@@ -741,7 +758,6 @@ def _train(model, data, config, run_dir, device, label, checkpoint, identity, st
     del raw["correct"]
     progress["test_seconds"] = time.perf_counter() - begin
     smaller.unlink(missing_ok=True)
-    print(f"{label}  test top-1 {test['top1']:.2f} % (raw weights {raw['top1']:.2f} %)", flush=True)
     return {"status": "finished", "test": test, "test_raw": raw} | _closing(trainer, progress)
 
 

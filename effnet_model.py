@@ -99,7 +99,13 @@ def coefficient_grid(step: float = 0.05, low: float = 1.9, high: float = 2.1) ->
     if not 0 < step <= 1 <= low <= high:
         raise ValueError(f"expected 0 < step <= 1 <= low <= high, got step {step!r}, low {low!r}, high {high!r}")
     axis = [round(1 + i * step, 6) for i in range(int((high - 1) / step + 1e-9) + 1)]
-    return [(a, b, g) for a in axis for b in axis for g in axis if low <= a * b**2 * g**2 <= high]
+    grid = [(a, b, g) for a in axis for b in axis for g in axis if low <= a * b**2 * g**2 <= high]
+    if not grid:
+        raise ValueError(
+            f"step: on a grid of {step!r} no alpha * beta^2 * gamma^2 lies in [{low!r}, {high!r}]; take a "
+            "smaller step, or wider bounds"
+        )
+    return grid
 
 
 def round_filters(channels: int, width: float, divisor: int = 8) -> int:
@@ -124,14 +130,22 @@ FlopsMatch = namedtuple("FlopsMatch", "scaling flops residual")
 
 
 def match_flops(
-    method: str, target: int, base_resolution: int = 224, *, num_classes: int = 1000, stem_stride: int = 2
+    method: str,
+    target: int,
+    base_resolution: int = 224,
+    *,
+    num_classes: int = 1000,
+    stem_stride: int = 2,
+    coefficients: tuple[float, float, float] = (1.2, 1.1, 1.15),
 ) -> FlopsMatch:
     """Solve one method's coefficient so that its FLOPs come as near `target` as the rounding permits.
 
-    `method` is depth, width, resolution or compound (which solves phi at the paper's alpha, beta, gamma).
+    `method` is depth, width, resolution or compound (which solves phi at `coefficients`: alpha, beta, gamma).
     Depth, width and phi are searched in steps of 0.01, resolution in pixels. Layers, channels and feature
     maps are whole numbers, so FLOPs move in jumps: look at the residual before calling two methods equal.
     """
+    if method == "compound" and max(coefficients) == 1:
+        raise ValueError(f"coefficients: expected one above 1, or FLOPs never grow; got {coefficients!r}")
     candidates = {  # a whole number to a scaling, increasing in FLOPs
         "depth": lambda i: Scaling(depth=1 + i / 100),
         "width": lambda i: Scaling(width=1 + i / 100),

@@ -54,6 +54,7 @@ _BY_STATUS = {
     ),
     "diverged": _has(diverged=_has(epoch=_COUNT, step=_COUNT, lr="number")),
     "failed": _has(error="string"),
+    "pruned": _has(minival=_has(top1="number"), seconds=_POSITIVE),  # in a search, for others did better
 }
 # What every reader of run.json may rely on, in both versions; more entries are welcome
 RUN_SCHEMA = _has(status={"enum": list(_BY_STATUS)}, seed=_COUNT, config="object")

@@ -4,9 +4,11 @@ A profile is a study (notebooks/profiles/NAME.yaml); a run is one of its network
 """
 
 import dataclasses
+import json
+import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -18,6 +20,9 @@ from torch.distributed.elastic.multiprocessing.errors import record as elastic_r
 from effnet_data import CLASS_COUNTS, ImageData, check_settings, load_data
 from effnet_lib import (
     CHECKPOINTS,
+    HEAD_CHANNELS,
+    STAGES,
+    STEM_CHANNELS,
     TABLE7,
     Cost,
     EfficientNet,
@@ -26,11 +31,15 @@ from effnet_lib import (
     Mismatch,
     Scaling,
     TrainConfig,
+    coefficient_grid,
+    compound_scaling,
     holder_of,
     launch,
     match_flops,
     read_record,
     recipe,
+    round_filters,
+    round_repeats,
     round_resolution,
     scaled_cost,
     train,
@@ -46,14 +55,16 @@ TRAINED_BY = {
     "baseline": "01_baseline_b0",
     **dict.fromkeys(["depth", "width", "resolution"], "02_single_axis_scaling"),
     **dict.fromkeys(["depth_matched", "width_matched", "resolution_matched"], "02_single_axis_scaling"),
-    "compound": "04_compound_scaling",
+    **dict.fromkeys(["compound", "compound_searched"], "04_compound_scaling"),
 }
+PHI = re.compile(r"(compound|compound_searched)_phi(\d+(?:\.\d+)?)")  # compound_phi3.0: Equation 3 at any other phi
 COLORS = {
     "baseline": "#000000",
     **dict.fromkeys(["depth", "depth_matched"], "#0072B2"),
     **dict.fromkeys(["width", "width_matched"], "#E69F00"),
     **dict.fromkeys(["resolution", "resolution_matched"], "#009E73"),
     "compound": "#D55E00",
+    "compound_searched": "#CC79A7",
 }
 # Table 7 as published: FLOPs (multiply-adds) and ImageNet top-1 in percent. arXiv 1905.11946v5.
 PAPER_TABLE7 = {
@@ -71,7 +82,54 @@ PURPOSES = {
 }
 
 
+def family(method: str) -> str:
+    """The method as TRAINED_BY and COLORS have it: compound_phi3.0 is compound. ValueError if there is none."""
+    match = PHI.fullmatch(method)
+    name = match[1] if match else method
+    if name not in TRAINED_BY:
+        raise unknown_name("method", method, [*TRAINED_BY, "compound_phi2.5"])
+    return name
+
+
+def color(method: str) -> str:
+    """The method's colour in every figure."""
+    return COLORS[family(method)]
+
+
 # ---- 1. Profiles and planned runs ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Search:
+    """A profile's search for alpha, beta and gamma on the baseline at phi = 1, as 03_coefficient_search does it."""
+
+    step: float = 0.1  # of the grid over the three, each at least 1
+    low: float = 1.9  # bounds of alpha * beta^2 * gamma^2
+    high: float = 2.1
+    max_flops: float = math.inf  # of a candidate, as a multiple of the baseline's, counted exactly
+    seeds: tuple[int, ...] = (0,)  # the first of all candidates, further ones of those that were not pruned
+    halving: int = 0  # reduction factor of Optuna's successive halving, by minival after each epoch; 0: none is pruned
+    train: Mapping = field(default_factory=dict)  # what differs from the profile's recipe
+
+    def __post_init__(self) -> None:
+        for name in ("step", "low", "high", "max_flops"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name}: expected a number, got {value!r}")
+        if not self.max_flops >= 1:
+            raise ValueError(f"max_flops: expected a multiple of the baseline's of at least 1, got {self.max_flops!r}")
+        if isinstance(self.halving, bool) or not isinstance(self.halving, int) or self.halving in (1, *range(-9, 0)):
+            raise ValueError(f"halving: expected 0, or a factor of at least 2, got {self.halving!r}")
+        if not isinstance(self.seeds, list | tuple) or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected a list without repetitions, got {self.seeds!r}")
+        if not isinstance(self.train, Mapping):
+            raise ValueError(f"train: expected settings of the recipe, got {self.train!r}")
+        coefficient_grid(self.step, self.low, self.high)  # refuses one that has no candidates
+
+    def settings(self) -> dict:
+        """What coefficients.json says of the search that made it."""
+        settings = {**dataclasses.asdict(self), "seeds": list(self.seeds), "train": dict(self.train)}
+        return settings | {"max_flops": self.max_flops if self.max_flops < math.inf else None}
 
 
 @dataclass(frozen=True)
@@ -89,6 +147,7 @@ class Profile:
     train: dict  # TrainConfig, without resolution and seed
     devices: int | str = 1  # processes that share each batch of a run, or "auto": one for every GPU
     retry_lr: float | None = None  # a diverged run is run once more, with its LR times this; both are reported
+    search: Search | None = None  # for the coefficients of compound_searched
 
     @property
     def stamp(self) -> str:
@@ -102,25 +161,32 @@ class Profile:
             raise ValueError(f"{self.name}: data: say how many classes {self.data['name']} has (classes: N)")
         return known
 
-    def scaling(self, method: str) -> Scaling:
-        """The method's coefficients: the paper's, or for NAME_matched those that cost as much as compound."""
-        axis, _, matched = method.partition("_")
-        if method not in TRAINED_BY:
-            raise unknown_name("method", method, TRAINED_BY)
-        if not matched:
-            return TABLE7[method]
-        return _matched(axis, self.base_resolution, self.num_classes, self.stem_stride)
+    def scaling(self, method: str, searched: tuple[float, float, float] | None = None) -> Scaling:
+        """The method's coefficients (d, w, r).
 
-    def config(self, method: str, seed: int) -> TrainConfig:
-        """The recipe, the same for every method but for its resolution."""
-        resolution = round_resolution(self.scaling(method).resolution, self.base_resolution)
-        return TrainConfig.from_dict({**self.train, "resolution": resolution, "seed": seed})
+        The paper's; for NAME_matched those that cost as much as compound; for compound_searched those of the searched
+        alpha, beta and gamma at which it costs as much as compound; and both at any phi as NAME_phi2.5.
+        """
+        name, match = family(method), PHI.fullmatch(method)
+        compound = compound_scaling(float(match[2])) if match else TABLE7["compound"]
+        if name == "compound_searched":
+            return self._equal("compound", compound, searched)
+        axis, _, matched = name.partition("_")
+        return self._equal(axis, compound) if matched else compound if axis == "compound" else TABLE7[axis]
+
+    def _equal(self, axis: str, to: Scaling, coefficients: tuple[float, float, float] = (1.2, 1.1, 1.15)) -> Scaling:
+        return _matched(axis, to, coefficients, self.base_resolution, self.num_classes, self.stem_stride)
+
+    def cost(self, scaling: Scaling) -> Cost:
+        """Parameters, FLOPs and activations of B0 scaled so, in this study."""
+        return scaled_cost(scaling, self.base_resolution, self.num_classes, self.stem_stride)
 
 
 @cache
-def _matched(axis: str, base_resolution: int, num_classes: int, stem_stride: int) -> Scaling:
-    target = scaled_cost(TABLE7["compound"], base_resolution, num_classes, stem_stride).flops
-    return match_flops(axis, target, base_resolution, num_classes=num_classes, stem_stride=stem_stride).scaling
+def _matched(axis, to: Scaling, coefficients, base_resolution: int, num_classes: int, stem_stride: int) -> Scaling:
+    target = scaled_cost(to, base_resolution, num_classes, stem_stride).flops
+    options = {"num_classes": num_classes, "stem_stride": stem_stride, "coefficients": coefficients}
+    return match_flops(axis, target, base_resolution, **options).scaling
 
 
 def profile_names() -> list[str]:
@@ -150,9 +216,10 @@ def load_profile(name: str | Path) -> Profile:
 def _checked_profile(name: str, values: object) -> Profile:
     kinds = {"title": str, "purpose": str, "data": dict, "base_resolution": int, "stem_stride": int}
     kinds |= {"methods": list, "seeds": list, "train": dict, "devices": int | str, "retry_lr": float | None}
+    kinds |= {"search": dict | None}
     if not isinstance(values, dict):
         raise ValueError(f"expected keys and values, got {values!r}")
-    values = {"devices": 1, "retry_lr": None, **values}
+    values = {"devices": 1, "retry_lr": None, "search": None, **values}
     for key in [*values, *kinds]:
         if key not in kinds:
             raise unknown_name("key", key, kinds)
@@ -183,15 +250,34 @@ def _checked_profile(name: str, values: object) -> Profile:
         if not values[key] or len(set(map(str, values[key]))) < len(values[key]):
             raise ValueError(f"{key}: expected a list without repetitions, got {values[key]!r}")
     for method in values["methods"]:
-        if str(method) not in TRAINED_BY:
-            raise unknown_name("method", method, TRAINED_BY)
+        if family(str(method)) == "compound_searched" and values["search"] is None:
+            raise ValueError(f"methods: {method} needs a search for its coefficients; add search: {{step: 0.1}}")
     for key in ("resolution", "seed"):
         if key in values["train"]:
             raise ValueError(f"train: {key} follows from method and seeds; remove it")
     for seed in values["seeds"]:
         TrainConfig.from_dict({**values["train"], "seed": seed})
-    lists = {key: tuple(values[key]) for key in ("methods", "seeds")}
-    return Profile(name=name, **{**values, **lists})
+    checked = {key: tuple(values[key]) for key in ("methods", "seeds")}
+    if values["search"] is not None:
+        try:
+            checked["search"] = _checked_search(values["search"], values["train"])
+        except ValueError as error:
+            raise ValueError(f"search: {error}") from None
+    return Profile(name=name, **{**values, **checked})
+
+
+def _checked_search(values: dict, train: dict) -> Search:
+    names = [f.name for f in dataclasses.fields(Search)]
+    for key in values:
+        if key not in names:
+            raise unknown_name("key", key, names)
+    search = Search(**values)
+    for key in ("resolution", "seed"):
+        if key in search.train:
+            raise ValueError(f"train: {key} follows from candidate and seeds; remove it")
+    for seed in search.seeds:
+        TrainConfig.from_dict({**train, **search.train, "seed": seed})
+    return dataclasses.replace(search, seeds=tuple(search.seeds))
 
 
 @dataclass(frozen=True)
@@ -207,16 +293,26 @@ class Run:
     def plan(cls, profile: str | Path, method: str, seed: int, results: str | Path | None = None) -> "Run":
         """The run that a notebook's parameters name, checked."""
         run = cls(load_profile(profile), method, seed, Path(results or RESULTS).absolute())
-        run.config  # noqa: B018 - refuses an unknown method or an impossible seed
+        run.config  # noqa: B018 - refuses an unknown method, one not searched for, or an impossible seed
         return run
 
     @cached_property
     def scaling(self) -> Scaling:
-        return self.profile.scaling(self.method)
+        """FileNotFoundError if its coefficients have not been searched for."""
+        of_search = family(self.method) == "compound_searched"
+        searched = searched_coefficients(self.profile, self.folder) if of_search else None
+        if of_search and searched is None:
+            raise FileNotFoundError(
+                f"{self.folder / COEFFICIENTS} of this profile's search is not there; search for {self.method}'s "
+                f"coefficients first: effnet search {self.profile.name}"
+            )
+        return self.profile.scaling(self.method, searched)
 
     @property
     def config(self) -> TrainConfig:
-        config = self.profile.config(self.method, self.seed)
+        """The recipe, the same for every method but for its resolution."""
+        resolution = round_resolution(self.scaling.resolution, self.profile.base_resolution)
+        config = TrainConfig.from_dict({**self.profile.train, "resolution": resolution, "seed": self.seed})
         return dataclasses.replace(config, lr=config.lr * self.profile.retry_lr) if self._retrying else config
 
     @property
@@ -231,8 +327,7 @@ class Run:
     @cached_property
     def cost(self) -> Cost:
         """Parameters, FLOPs and activations at its resolution."""
-        profile = self.profile
-        return scaled_cost(self.scaling, profile.base_resolution, profile.num_classes, profile.stem_stride)
+        return self.profile.cost(self.scaling)
 
     @property
     def folder(self) -> Path:
@@ -246,7 +341,7 @@ class Run:
     @property
     def executed(self) -> Path:
         """The executed notebook."""
-        return self.folder / "notebooks" / f"{TRAINED_BY[self.method]}_{self.method}_seed{self.seed}.ipynb"
+        return self.folder / "notebooks" / f"{TRAINED_BY[family(self.method)]}_{self.method}_seed{self.seed}.ipynb"
 
     @property
     def about(self) -> dict:
@@ -265,13 +360,18 @@ class Run:
         """The untrained network, its initial weights drawn by the run's seed."""
         return _network(self.scaling, num_classes, self.profile.stem_stride, self.config)
 
-    def train(self, data: ImageData, device: str | None = None) -> dict:
-        """Train (or continue, or find finished) and return the record. RuntimeError if the run did not finish.
+    def train(
+        self, data: ImageData, device: str | None = None, each_epoch: Callable[[dict], bool | None] | None = None
+    ) -> dict:
+        """Train (or continue, or find finished) and return the record. RuntimeError if the run failed or diverged.
 
         Several devices have a process each, by torch's elastic launcher, or by torchrun, of whose this is then one.
+        each_epoch: as in effnet_lib.train; on one device only.
         """
         alone = not torch.distributed.is_torchelastic_launched()
         processes, record = self._processes(device), read_record(self.directory)
+        if processes > 1 and each_epoch is not None:
+            raise ValueError("devices: candidates are compared in one process each; search with devices: 1")
         if record is not None and (differences := self.differences(record)):
             raise Mismatch(
                 f"{self.directory / 'run.json'} was made with {'; '.join(differences)}; delete {self.directory} to run "
@@ -288,14 +388,15 @@ class Run:
             record = read_record(self.directory)
         else:
             model = self.model(len(data.classes))
-            record = train(model, data, self.config, self.directory, about=self.about, device=device)
+            options = {"about": self.about, "device": device, "each_epoch": each_epoch}
+            record = train(model, data, self.config, self.directory, **options)
         if record["status"] == "diverged" and self.to_retry and alone:
             for name in CHECKPOINTS:  # of the other rate
                 (self.directory / name).unlink(missing_ok=True)
             (self.directory / "run.json").replace(self.directory / DIVERGED)
             print(f"{self.directory.name} {ending(record)}: once more, with LR {self.config.lr:.3g}", flush=True)
-            return self.train(data, device)
-        if record["status"] != "finished":
+            return self.train(data, device, each_epoch)
+        if record["status"] not in ("finished", "pruned"):
             raise RuntimeError(f"{self.directory.name} {ending(record)}; run again with: effnet study --retry")
         return record
 
@@ -317,8 +418,10 @@ class Run:
         return [f"{key} = {then[key]!r}, now {now[key]!r}" for key in now if then.get(key) != now[key]]
 
     def state(self) -> str:
-        """finished, failed, diverged, stale (the profile has changed since), damaged (its record cannot be trusted),
-        running, interrupted or missing."""
+        """finished, failed, diverged, pruned (of a search), stale (the profile has changed since), damaged (its record
+        cannot be trusted), running, interrupted, missing, or waiting (for its coefficients to be searched)."""
+        if family(self.method) == "compound_searched" and searched_coefficients(self.profile, self.folder) is None:
+            return "waiting"
         try:
             record = read_record(self.directory)
         except ValueError:
@@ -328,6 +431,94 @@ class Run:
         if holder_of(self.directory) is not None:
             return "running"
         return "interrupted" if any((self.directory / name).exists() for name in CHECKPOINTS) else "missing"
+
+
+@dataclass(frozen=True)
+class Candidate(Run):
+    """A network of the coefficient search: the baseline scaled by `coefficients` (alpha, beta, gamma) at phi = 1.
+
+    Scored on minival alone: what the record has under "test" is minival, too.
+    """
+
+    coefficients: tuple[float, float, float] = (1.2, 1.1, 1.15)
+
+    @cached_property
+    def scaling(self) -> Scaling:
+        return compound_scaling(1, *self.coefficients)
+
+    @property
+    def name(self) -> str:
+        return "a{:.2f}_b{:.2f}_g{:.2f}".format(*self.coefficients)
+
+    @property
+    def directory(self) -> Path:
+        return self.folder / "search" / f"{self.name}_seed{self.seed}"
+
+    @property
+    def about(self) -> dict:
+        return super().about | {"method": self.name, "scored": "minival"}
+
+    def train(self, data: ImageData, *arguments, **options) -> dict:
+        return super().train(_without_test(data), *arguments, **options)
+
+
+def plan_search(profile: Profile, results: str | Path | None = None) -> tuple[pd.DataFrame, list[Candidate]]:
+    """What a profile's search compares: all of the grid and the published coefficients as a table, a row each, and the
+    candidates that are trained, with the search's first seed.
+
+    Rounding makes one network of several coefficients: the first of them is trained, `same_as` names it for the
+    others. Those above max_flops are not trained. ValueError if the profile has no search, or none is left.
+    """
+    search = profile.search
+    if search is None:
+        raise ValueError(f"profile {profile.name} has no search; add search: {{step: 0.1}} to it")
+    study = dataclasses.replace(profile, train={**profile.train, **search.train})
+    baseline, results = profile.cost(Scaling()), Path(results or RESULTS).absolute()
+    rows, networks = [], {}
+    for coefficients in dict.fromkeys([(1.2, 1.1, 1.15), *coefficient_grid(search.step, search.low, search.high)]):
+        candidate = Candidate(study, "compound_phi1", search.seeds[0], results, coefficients)
+        cost, scaling = candidate.cost, candidate.scaling
+        names = dict(zip(("alpha", "beta", "gamma"), coefficients, strict=True))
+        row = {"candidate": candidate.name, **names, "product": math.prod((*coefficients, *coefficients[1:]))}
+        row |= {"px": candidate.config.resolution, **dataclasses.asdict(cost)}
+        row |= {"flops_ratio": cost.flops / baseline.flops, "published": coefficients == (1.2, 1.1, 1.15)}
+        row["affordable"] = row["flops_ratio"] <= search.max_flops
+        network = (
+            row["px"],
+            tuple(round_repeats(stage.layers, scaling.depth) for stage in STAGES),
+            tuple(
+                round_filters(c, scaling.width) for c in (STEM_CHANNELS, HEAD_CHANNELS, *(s.channels for s in STAGES))
+            ),
+        )
+        first = networks.setdefault(network, candidate)
+        rows.append(row | {"same_as": None if first is candidate else first.name})
+    table = pd.DataFrame(rows)
+    trained = set(table["candidate"][table["affordable"] & table["same_as"].isna()])
+    if not trained:
+        least = table["flops_ratio"].min()
+        raise ValueError(
+            f"search: max_flops: {search.max_flops!r} leaves none of {len(table)} candidates, the cheapest of which "
+            f"costs {least:.2f} times the baseline"
+        )
+    return table, [candidate for candidate in networks.values() if candidate.name in trained]
+
+
+COEFFICIENTS = "coefficients.json"  # the outcome of a profile's search, in its folder
+
+
+def searched_coefficients(profile: Profile, folder: Path) -> tuple[float, float, float] | None:
+    """alpha, beta, gamma that the profile's search found; None if it has not been made, or not as the profile is now.
+    ValueError if the file is damaged."""
+    path = folder / COEFFICIENTS
+    if profile.search is None or not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        coefficients = tuple(float(found[name]) for name in ("alpha", "beta", "gamma"))
+        compound_scaling(1, *coefficients)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); delete it, then: effnet search {profile.name}") from None
+    return coefficients if found.get("search") == profile.search.settings() else None
 
 
 def _network(scaling: Scaling, num_classes: int, stem_stride: int, config: TrainConfig) -> EfficientNet:
@@ -432,7 +623,11 @@ def load_runs(profile: str | Path | Profile, results: str | Path | None = None) 
     profile = profile if isinstance(profile, Profile) else load_profile(profile)
     rows = []
     for run in plan_runs(profile, results):
-        row = {"method": run.method, "seed": run.seed, "status": run.state(), "directory": run.directory}
+        row = {"method": run.method, "seed": run.seed, "status": run.state()}
+        if row["status"] == "waiting":
+            rows.append(row)
+            continue
+        row |= {"directory": run.directory}
         row |= {"d": run.scaling.depth, "w": run.scaling.width, "r": run.scaling.resolution}
         row |= {"resolution": run.config.resolution}
         if row["status"] == "finished":

@@ -46,6 +46,7 @@ from effnet_lib import (
 )
 from effnet_records import save_figure, save_table  # noqa: F401 - passed on to the notebooks
 from effnet_runs import (  # noqa: F401 - some of them only passed on
+    COEFFICIENTS,
     COLORS,
     NOTEBOOKS,
     PAPER_TABLE7,
@@ -53,17 +54,23 @@ from effnet_runs import (  # noqa: F401 - some of them only passed on
     RESULTS,
     ROOT,
     TRAINED_BY,
+    Candidate,
     Profile,
     Run,
+    Search,
+    color,
     ending,
+    family,
     load_history,
     load_pilots,
     load_profile,
     load_runs,
     pilot,
     plan_runs,
+    plan_search,
     profile_names,
     rerun,
+    searched_coefficients,
 )
 from effnet_speed import estimate_seconds
 
@@ -135,21 +142,41 @@ def overall(verdicts: Iterable[str]) -> str:
     return next((v for v in ("not reproduced", "inconclusive") if v in verdicts), "reproduced")
 
 
-def paired_bootstrap(target: np.ndarray, other: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the difference in top-1 (points) when seeds and test images are both drawn anew.
+def bootstrap(correct: Sequence[np.ndarray], draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """Top-1 in percent (draws, methods) of several methods when seeds and test images are both drawn anew.
 
-    target, other: correct answers (seeds, images), bool; an image drawn counts for both, seeds are drawn apart.
+    correct: right answers (seeds, images), bool, of each; an image drawn counts for all, seeds are drawn apart.
     """
-    if target.shape[1] != other.shape[1]:
-        raise ValueError(f"expected the same test images, got {target.shape[1]} and {other.shape[1]}")
-    rng, images = np.random.default_rng(seed), target.shape[1]
-    differences = []
+    counts = sorted({c.shape[1] for c in correct})
+    if len(counts) > 1:
+        raise ValueError(f"expected the same test images, got {' and '.join(map(str, counts))}")
+    rng, images = np.random.default_rng(seed), counts[0]
+    means = []
     for _ in range(draws):
         weights = rng.multinomial(images, np.full(images, 1 / images)) / images
-        means = [(c[rng.integers(len(c), size=len(c))] @ weights).mean() for c in (target, other)]
-        differences.append(100 * (means[0] - means[1]))
-    low, high = np.quantile(differences, [0.025, 0.975])
+        means.append([(c[rng.integers(len(c), size=len(c))] @ weights).mean() for c in correct])
+    return 100 * np.array(means)
+
+
+def paired_bootstrap(target: np.ndarray, other: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the difference in top-1 (points) when seeds and test images are both drawn anew."""
+    means = bootstrap([target, other], draws, seed)
+    low, high = np.quantile(means[:, 0] - means[:, 1], [0.025, 0.975])
     return float(low), float(high)
+
+
+def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> tuple[float, pd.DataFrame]:
+    """Expected calibration error in points (Guo et al. 2017), and its bins: confidence, accuracy (percent), images.
+
+    confidence: probability (images,) of the predicted class; correct: whether it was right. Bins are of equal width.
+    """
+    index = np.clip(np.ceil(np.asarray(confidence, float) * bins).astype(int) - 1, 0, bins - 1)
+    table = pd.DataFrame({"bin": index, "confidence": 100.0 * confidence, "accuracy": 100.0 * np.asarray(correct)})
+    table = table.groupby("bin").agg(
+        confidence=("confidence", "mean"), accuracy=("accuracy", "mean"), images=("accuracy", "size")
+    )
+    gap = (table["confidence"] - table["accuracy"]).abs()
+    return float((gap * table["images"]).sum() / table["images"].sum()), table
 
 
 # ---- 2. Notebooks --------------------------------------------------------------------------------------------------
@@ -191,8 +218,8 @@ def check_notebook(notebook: str, namespace: Mapping[str, object]) -> None:
     injected = [_assignments(cell) for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n")]
     declared = check_parameters(notebook, injected[-1] if injected else {})
     values = check_parameters(notebook, {name: namespace[name] for name in declared})
-    if TRAINED_BY.get(values.get("method"), notebook) != notebook:
-        raise ValueError(f"method {values['method']!r} is trained by {TRAINED_BY[values['method']]}, not by {notebook}")
+    if "method" in values and (trained_by := TRAINED_BY[family(values["method"])]) != notebook:
+        raise ValueError(f"method {values['method']!r} is trained by {trained_by}, not by {notebook}")
 
 
 # Papermill has a process of its own. Signals meant for training do not end it: it waits for the kernel, which stops.
@@ -292,10 +319,9 @@ def study(
     analysis: execute 00 and 05 even if no run was trained.
     """
     profile = load_profile(name)
-    name = str(Path(name).absolute()) if str(name).endswith(".yaml") else name  # kernels start in another folder
+    name, place = _named(name), {} if results is None else {"results": str(Path(results).absolute())}
     runs = plan_runs(profile, results, methods, seeds)
     folder = runs[0].folder
-    place = {} if results is None else {"results": str(Path(results).absolute())}
     for run in runs:
         if retry and run.state() in ("failed", "diverged"):
             (run.directory / "run.json").replace(run.directory / "run.earlier.json")
@@ -309,16 +335,12 @@ def study(
     analysed = folder / "notebooks" / "05_analysis.ipynb"
     if todo:
         analysed.unlink(missing_ok=True)  # it will be out of date, and is missed if we do not come to it
-    jobs, threads = _shares(len(todo), profile, device, jobs, threads)
     print(f"{profile.title}: {len(runs)} runs, {len(todo)} to do ({profile.stamp})", flush=True)
-    if jobs > 1:
-        print(f"{jobs} at a time, {threads} CPU thread{'s' if threads > 1 else ''} each", flush=True)
-    executions = []
-    for number, run in enumerate(_longest_first(todo) if jobs > 1 else todo, 1):
-        about = f"[{number}/{len(todo)}] {run.method}, seed {run.seed}, {run.config.resolution} px"
-        parameters = {"profile": name, "method": run.method, "seed": run.seed, "device": device, **place}
-        executions.append((about, TRAINED_BY[run.method], run.executed, parameters))
-    _execute(executions, jobs, threads)
+    waiting = [run for run in todo if run.state() == "waiting"]
+    ready, kernels = [run for run in todo if run not in waiting], {"device": device, "threads": threads}
+    _execute_runs(name, ready, place, jobs, **kernels)
+    if waiting and search(name, results, **kernels):
+        _execute_runs(name, waiting, place, jobs, **kernels)
     finished = [run for run in runs if run.state() == "finished"]
     done = True
     if finished and (analysis or not analysed.exists()):
@@ -331,6 +353,40 @@ def study(
     if not todo:
         print(_provenance(profile, results, name))
     return 0 if len(finished) == len(runs) and done else 1
+
+
+def _execute_runs(
+    name: str, runs: Sequence[Run], place: Mapping, jobs: int | None, device: str | None, threads: int | None
+) -> None:
+    if not runs:
+        return
+    jobs, threads = _shares(len(runs), runs[0].profile, device, jobs, threads)
+    if jobs > 1:
+        print(f"{jobs} at a time, {threads} CPU thread{'s' if threads > 1 else ''} each", flush=True)
+    executions = []
+    for number, run in enumerate(_longest_first(runs) if jobs > 1 else runs, 1):
+        about = f"[{number}/{len(runs)}] {run.method}, seed {run.seed}, {run.config.resolution} px"
+        parameters = {"profile": name, "method": run.method, "seed": run.seed, "device": device, **place}
+        executions.append((about, TRAINED_BY[family(run.method)], run.executed, parameters))
+    _execute(executions, jobs, threads)
+
+
+def _named(name: str | Path) -> str:
+    """A profile as a kernel, which starts in another folder, can be told it."""
+    return str(Path(name).absolute()) if str(name).endswith(".yaml") else str(name)
+
+
+def search(
+    name: str | Path, results: str | Path | None = None, *, device: str | None = None, threads: int | None = None
+) -> bool:
+    """Execute 03_coefficient_search for a profile, which writes its coefficients.json. False if that failed."""
+    profile, place = load_profile(name), {} if results is None else {"results": str(Path(results).absolute())}
+    _, candidates = plan_search(profile, results)
+    output = candidates[0].folder / "notebooks" / "03_coefficient_search.ipynb"
+    parameters = {"profile": _named(name), "device": device, **place}
+    about = f"coefficient search: {len(candidates)} candidates"
+    _, threads = _shares(1, profile, device, 1, threads)
+    return _execute([(about, "03_coefficient_search", output, parameters)], 1, threads)
 
 
 def _is_to_do(run: Run) -> bool:
@@ -403,6 +459,7 @@ def print_status(profile: Profile, results: str | Path | None = None) -> None:
         table["params"], table["flops"] = table["params"] / 1e6, table["flops"] / 1e9
         columns |= {"params": "params (M)", "flops": "FLOPs (B)", "top1": "top-1 %", "top5": "top-5 %"}
         columns |= {"images_per_second": "images/s", "seconds": "seconds"}
+    table["resolution"] = table["resolution"].astype("Int64")  # one that waits has none yet
     formats = {"params (M)": "{:.2f}", "FLOPs (B)": "{:.4f}", "top-1 %": "{:.2f}", "top-5 %": "{:.2f}"}
     formats |= {"images/s": "{:,.0f}", "seconds": "{:,.0f}"}
     table = table[list(columns)].rename(columns=columns)
@@ -412,6 +469,8 @@ def print_status(profile: Profile, results: str | Path | None = None) -> None:
         state = run.state()
         if state in ("failed", "diverged"):
             print(f"{run.directory.name} {ending(read_record(run.directory))}; run it again with --retry")
+        elif state == "waiting":
+            print(f"{run.method} seed {run.seed} waits for its coefficients: effnet search {profile.name}")
         elif state == "running":
             print(f"{run.directory.name} is trained by {holder_of(run.directory)}")
         elif state == "stale":
@@ -453,6 +512,10 @@ def plan(
     here: `seconds` go on a few steps of each method's training. Starting notebooks and reading images are not in it."""
     profile = load_profile(name)
     runs = [run for run in plan_runs(profile, results) if _is_to_do(run)]
+    waiting = [run for run in runs if run.state() == "waiting"]
+    if waiting:
+        print(f"{len(waiting)} runs wait for their coefficients and are not counted: effnet search {profile.name}")
+    runs = [run for run in runs if run not in waiting]
     if runs:
         data = load_data(**profile.data, download=False)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -595,6 +658,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub.add_argument("--jobs", type=int, help="notebooks at a time (default: as effnet study)")
     sub.add_argument("--threads", type=int, help="CPU threads of each (default: as effnet study)")
     sub.add_argument("--seconds", type=float, default=60, help="time to spend on measuring (default: 60)")
+    sub = command("search", "search for alpha, beta and gamma on the profile's baseline, by its minival score")
+    sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    sub.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    sub.add_argument("--time-budget", type=_duration, metavar="TIME", help=budget)
     sub = command("bench", "time training steps of ours and of others' B0 side by side on this device", profile=False)
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     sub.add_argument("--rounds", type=int, default=15, help="rounds of measurements (default: 15)")
@@ -631,7 +698,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if getattr(args, "time_budget", None) is not None:
         os.environ["EFFNET_DEADLINE"] = str(time.time() + args.time_budget)  # for the kernels too
-        if args.command == "study":  # for what does not look at the clock, such as a compiler
+        if args.command in ("study", "search"):  # for what does not look at the clock, such as a compiler
             signal.signal(signal.SIGALRM, _interrupt)
             signal.setitimer(signal.ITIMER_REAL, args.time_budget)
     try:
@@ -644,6 +711,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen = {name: getattr(args, name) for name in ("device", "jobs", "threads")}
             table = plan(args.profile, args.results, seconds=args.seconds, **chosen)
             print_plan(table, _shares(len(table), load_profile(args.profile), **chosen)[0])
+        elif args.command == "search":
+            return 0 if search(args.profile, args.results, device=args.device, threads=args.threads) else 1
         elif args.command == "bench":
             bench(args.results, device=args.device, rounds=args.rounds)
         elif args.command == "train":
