@@ -85,7 +85,8 @@ class ImageData:
         """What a run record says of its data."""
         size = list(self.images.shape[1:3])
         facts = {"name": self.name, "title": self.title, "classes": len(self.classes), "stored_pixels": size}
-        return facts | {"counts": self.counts, "fingerprint": self.fingerprint}
+        facts |= {"counts": self.counts, "fingerprint": self.fingerprint, "class_names": list(self.classes)}
+        return facts | {"mean": self.mean.tolist(), "std": self.std.tolist()}  # what a prediction needs
 
     def to(self, device: torch.device | str, whole: bool | None = None) -> "ImageData":
         """This data set with its batches on `device`; itself if they come out there already.
@@ -203,6 +204,13 @@ def check_settings(name: str, **settings: object) -> None:
             raise ValueError(f"{setting}: expected {expected}, got {value!r}")
     if settings.get("test") is not None and kind != "folder":
         raise ValueError(f"test: {name} has a test set of its own, and a share of it cannot be chosen")
+
+
+def class_count(name: str, root: str | Path | None = None) -> int:
+    """How many classes a data set has; those of a folder are counted, without reading an image."""
+    check_settings(name)
+    kind, _, path = name.partition(":")
+    return CLASS_COUNTS.get(kind) or len(_list_folder(path, data_root(root), None, None, 0).classes)
 
 
 def load_data(
@@ -591,8 +599,6 @@ def inspect_data(data: ImageData) -> dict:
         ],
         "sizes": dict(sorted(notes["sizes"].items(), key=lambda item: -item[1])),
         "modes": dict(sorted(notes["modes"].items(), key=lambda item: -item[1])),
-        "mean": data.mean.tolist(),
-        "std": data.std.tolist(),
         "duplicates": [
             [
                 {"image": data.files[i] if data.files else i, "split": split_of[i], "class": data.classes[labels[i]]}

@@ -209,14 +209,14 @@ def _decode_block(folder: Path, names: list[str], size: int) -> tuple[np.ndarray
         except MemoryError:
             raise
         except Exception as error:  # a decoder fed with garbage may raise anything
-            damaged.append((folder / name, _reason(folder / name, error)))
+            damaged.append((folder / name, reason(folder / name, error)))
         else:
             sizes[shape] += 1
             modes[mode] += 1
     return pixels, sizes, modes, damaged
 
 
-def _reason(file: Path, error: Exception) -> str:
+def reason(file: Path, error: Exception) -> str:
     if not file.exists():
         return "it is gone"
     if file.stat().st_size == 0:

@@ -43,6 +43,9 @@ from tqdm import tqdm
 
 from effnet_model import (  # noqa: F401 - most of them only passed on
     HEAD_CHANNELS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    NEIGHBOURS,
     SE_RATIO,
     STAGES,
     STEM_CHANNELS,
@@ -63,8 +66,12 @@ from effnet_model import (  # noqa: F401 - most of them only passed on
     coefficient_grid,
     compile_blocks,
     compound_scaling,
+    cost_by_stage,
     count_cost,
+    create_model,
     efficientnet,
+    freeze_backbone,
+    imagenet_weights,
     load_torchvision_weights,
     match_flops,
     round_filters,
@@ -75,6 +82,7 @@ from effnet_model import (  # noqa: F401 - most of them only passed on
 )
 from effnet_records import (  # noqa: F401 - some of them only passed on
     CHECKPOINTS,
+    PREDICTIONS,
     SCHEMA_VERSION,
     WEIGHTS,
     Held,
@@ -101,7 +109,8 @@ from effnet_records import (  # noqa: F401 - some of them only passed on
 class TrainConfig:
     """One run's recipe. Validated on construction; `from_dict` also refuses unknown keys.
 
-    dropout, drop_path, norm_momentum and checkpointing are the network's: give it `config.model_options()`.
+    dropout, drop_path, norm_momentum and checkpointing are the network's: give it `config.model_options()`. So are
+    pretrained and freeze, which `effnet_runs` sees to.
     """
 
     resolution: int = 224  # pixels, for training and for every evaluation
@@ -136,6 +145,8 @@ class TrainConfig:
     cutmix: float = 0.0  # the same; with both, each image undergoes one of them
     sync_norm: bool = False  # on several GPUs: batch norm over all of a step's images, not over each GPU's own
     checkpointing: bool = False  # less memory, more time, the same result: see EfficientNet
+    pretrained: bool = False  # begin with torchvision's ImageNet weights and a new classifier
+    freeze: bool = False  # train the classifier alone
     compile: str = "auto"  # torch.compile the blocks: always, never, or auto: on a GPU
     deterministic: bool = False  # on a GPU: only kernels that repeat bit for bit; slower. A CPU's do
     save_seconds: float = 300.0  # a checkpoint is written so often, and after every epoch
@@ -174,6 +185,10 @@ class TrainConfig:
             for name in names.split():
                 if not holds(getattr(self, name)):
                     raise ValueError(f"{name}: expected a value {meaning}, got {getattr(self, name)!r}")
+        if self.freeze and not self.pretrained:
+            raise ValueError(
+                "freeze: a backbone that has learnt nothing cannot be frozen; use it with pretrained: true"
+            )
         if self.accumulation > self.batch_size:
             raise ValueError(
                 f"accumulation: expected at most the batch size {self.batch_size}, got {self.accumulation}"
@@ -314,35 +329,37 @@ def evaluate(
     """Score `model` on a split ("minival" or "test") at `resolution`, on the device the model is on.
 
     Returns top1 and top5 in percent (top5 is top-k for k = the number of classes if there are fewer), the mean
-    cross-entropy as loss, and correct: a bool array of shape (images,), in the split's order. Out of memory, it
-    starts again with half the batch. `between` is called after each batch; what it raises ends the scoring.
-    """
+    cross-entropy as loss, and arrays of shape (images,), in the split's order: correct (bool), label and predicted (the
+    classes' numbers), confidence (the predicted class's probability). Out of memory, it starts again with half the
+    batch. `between` is called after each batch; what it raises ends the scoring."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    loss, top5, correct = torch.zeros((), device=device), torch.zeros((), device=device), []
+    loss, top5, answers = torch.zeros((), device=device), torch.zeros((), device=device), []
     try:
         for images, labels in data.to(device).eval_batches(split, resolution, batch_size):
             with _autocast(precision, device):
                 logits = model(images)
             logits = logits.float()  # (N, classes)
             loss += F.cross_entropy(logits, labels, reduction="sum")
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            top5 += ranked.sum()
-            correct.append(ranked[:, 0])
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (N, 5)
+            top5 += (ranked == labels[:, None]).sum()
+            answers.append((labels, ranked[:, 0], logits.softmax(1).amax(1)))
             between()
     except RuntimeError as error:
         if not _out_of_memory(error) or batch_size == 1:
             raise
-        correct = None
+        answers = None
     finally:
         model.train(was_training)
-    if correct is None:  # outside the handler, whose traceback would keep the failed batch alive
+    if answers is None:  # outside the handler, whose traceback would keep the failed batch alive
         smaller = {"batch_size": batch_size // 2, "precision": precision, "between": between}
         return evaluate(model, data, split, resolution, **smaller)
-    correct = torch.cat(correct).cpu().numpy()
+    label, predicted, confidence = (torch.cat(part).cpu().numpy() for part in zip(*answers, strict=True))
+    correct = predicted == label
     scores = {"top1": 100 * float(correct.mean()), "top5": 100 * top5.item() / len(correct)}
-    return scores | {"loss": loss.item() / len(correct), "correct": correct}
+    arrays = {"correct": correct, "label": label, "predicted": predicted, "confidence": confidence}
+    return scores | {"loss": loss.item() / len(correct), **arrays}
 
 
 class Trainer:
@@ -530,13 +547,13 @@ def train(
     resolution, batch_size)`; both yield (images (N, 3, R, R) float, labels (N,), or (N, classes) of mixed images).
     `about` is added to the record.
 
-    `run_dir` also gets history.jsonl (a line per epoch, minival with the EMA weights), test_correct.npy (per image,
-    EMA weights), in the end weights.safetensors (EMA), and until then the last two checkpoints. Calling again
-    continues an interrupted run as if nothing had happened, and returns the record of a finished, failed or diverged
-    one. In time for `deadline` (Unix time; default $EFFNET_DEADLINE), or on SIGTERM or SIGINT, it stops at the next
-    step with a checkpoint and raises Interrupted. `each_epoch` is called with every epoch's row of the history, those
-    of a continued or ended run first; where it returns true before the last epoch, the run ends with status "pruned",
-    not scored on test and without weights.
+    `run_dir` also gets history.jsonl (a line per epoch, minival with the EMA weights), test_correct.npy (per image, EMA
+    weights) and test_predictions.npz (label, predicted, confidence), in the end weights.safetensors (EMA), and until
+    then the last two checkpoints. Calling again continues an interrupted run as if nothing had happened, and returns
+    the record of an ended one. In time for `deadline` (Unix time; default $EFFNET_DEADLINE), or on SIGTERM or SIGINT,
+    it stops at the next step with a checkpoint and raises Interrupted. `each_epoch` is called with every epoch's row of
+    the history, those of a continued or ended run first; where it returns true before the last epoch, the run ends with
+    status "pruned", not scored on test and without weights.
 
     Called in each of several processes of torch's elastic launcher (torchrun), it trains one network on all their
     devices; `data.train_batches` then takes shard=(rank, processes) too. There memory running out raises the error, and
@@ -752,18 +769,21 @@ def _train(model, data, config, run_dir, device, label, checkpoint, identity, st
     test = evaluate(trainer.ema, data, "test", config.resolution, **options)
     raw = copy.deepcopy(trainer.model)  # without the compiled code, which is for batches of the training's shape
     raw = evaluate(raw, data, "test", config.resolution, **options)
-    correct = test.pop("correct")
-    replace_file(run_dir / "test_correct.npy", lambda path: path.write_bytes(_npy(correct)))
+    arrays = {name: test.pop(name) for name in ("correct", "label", "predicted", "confidence")}
+    raw = {name: raw[name] for name in test}
+    replace_file(run_dir / "test_correct.npy", lambda path: path.write_bytes(_bytes(np.save, arrays["correct"])))
+    kinds = {"label": np.uint16, "predicted": np.uint16, "confidence": np.float16}
+    kept = {name: arrays[name].astype(kind) for name, kind in kinds.items()}
+    replace_file(run_dir / PREDICTIONS, lambda path: path.write_bytes(_bytes(np.savez_compressed, **kept)))
     write_weights(run_dir / WEIGHTS, trainer.ema.state_dict())
-    del raw["correct"]
     progress["test_seconds"] = time.perf_counter() - begin
     smaller.unlink(missing_ok=True)
     return {"status": "finished", "test": test, "test_raw": raw} | _closing(trainer, progress)
 
 
-def _npy(array: np.ndarray) -> bytes:
+def _bytes(save: Callable, *arrays: np.ndarray, **named: np.ndarray) -> bytes:
     body = io.BytesIO()
-    np.save(body, array)
+    save(body, *arrays, **named)
     return body.getvalue()
 
 

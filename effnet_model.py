@@ -16,12 +16,14 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import hashlib
 import math
 import re
+import sys
 from collections import namedtuple
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -29,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import get_model_weights
+from torchvision.models import get_model, get_model_weights
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
@@ -469,45 +471,157 @@ def compile_blocks(model: nn.Module, **options) -> None:
     blocks = [module for module in model.modules() if isinstance(module, MBConv)]
     within = {module for block in blocks for module in block.modules()}
     ends = [module for module in model.modules() if isinstance(module, ConvNorm) and module not in within]
-    for part in (*ends, *blocks):
+    for part in (*ends, *blocks) or (model,):  # another network in one piece
         part.compile(dynamic=False, **options)
 
 
 def efficientnet(
-    name: str, num_classes: int = 1000, *, weights: str | Path | Mapping[str, Tensor] | None = None, **options
+    name: str,
+    num_classes: int = 1000,
+    *,
+    pretrained: bool | str | Path | Mapping[str, Tensor] = False,
+    new_head: bool = False,
+    **options,
 ) -> EfficientNet:
     """B0 to B7 by name ("b0" to "b7"), with the variant's own dropout unless `dropout` is given.
 
-    `weights`: None; "DEFAULT" for torchvision's ImageNet weights (downloaded and checksummed by torchvision);
-    or a state dict, or a file of one, in torchvision's names. `options` go to `EfficientNet`.
+    `pretrained`: True for torchvision's ImageNet weights (`imagenet_weights`); or a state dict, or a file of one, in
+    torchvision's names. To fine-tune on other classes, `new_head` leaves the classifier untrained. `options` go to
+    `EfficientNet`.
     """
     if name not in VARIANTS:
         raise unknown_name("model", name, VARIANTS)
     model = EfficientNet(VARIANTS[name], num_classes, **{"dropout": VARIANT_DROPOUT[name], **options})
-    if isinstance(weights, str) and weights == "DEFAULT":
-        weights = get_model_weights(f"efficientnet_{name}").DEFAULT.get_state_dict(progress=True, check_hash=True)
-    return model if weights is None else load_torchvision_weights(model, weights)
+    if pretrained is False:
+        return model
+    return load_torchvision_weights(
+        model, imagenet_weights(name) if pretrained is True else pretrained, new_head=new_head
+    )
+
+
+# RGB in [0, 1], as pretrained weights expect it
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Other networks, from torchvision: where the first convolution is, whose stride is the stem's
+NEIGHBOURS = {"resnet50": "conv1", "resnet152": "conv1", "densenet201": "features.conv0"}
+
+
+def create_model(
+    name: str,
+    num_classes: int = 1000,
+    *,
+    pretrained: bool | str | Path | Mapping[str, Tensor] = False,
+    new_head: bool = False,
+    stem_stride: int = 2,
+    dropout: float | None = None,
+    norm_momentum: float | None = None,
+    **options,
+) -> nn.Module:
+    """b0 to b7 or one of NEIGHBOURS by name; arguments as for `efficientnet`.
+
+    Neighbours are torchvision's, with dropout before their classifier (default: none) and the batch norm momentum asked
+    for; they know no stochastic depth and no checkpointing.
+    """
+    given = {"dropout": dropout, "norm_momentum": norm_momentum}
+    given = {setting: value for setting, value in given.items() if value is not None}
+    if name in VARIANTS:
+        options |= {"stem_stride": stem_stride, **given}
+        return efficientnet(name, num_classes, pretrained=pretrained, new_head=new_head, **options)
+    if name not in NEIGHBOURS:
+        raise unknown_name("model", name, [*VARIANTS, *NEIGHBOURS])
+    model = get_model(name, weights=None)
+    if pretrained is not False:
+        weights = _read_weights(imagenet_weights(name) if pretrained is True else pretrained)
+        # As torchvision itself reads DenseNet's file, which is older than its names
+        weights = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key): w for key, w in weights.items()}
+        if num_classes != 1000 and not new_head:
+            raise ValueError(
+                f"weights do not fit: they are for 1000 classes, the model has {num_classes}; {_FINE_TUNE}"
+            )
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"weights do not fit {name}: {str(error).splitlines()[1].strip()}") from None
+    model.get_submodule(NEIGHBOURS[name]).stride = (stem_stride, stem_stride)
+    head, linear = list(model.named_children())[-1]
+    if num_classes != 1000 or new_head:
+        linear = nn.Linear(linear.in_features, num_classes)
+    setattr(model, head, nn.Sequential(nn.Dropout(dropout), linear) if dropout else linear)
+    for module in model.modules() if norm_momentum is not None else ():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = norm_momentum
+    return model
+
+
+def freeze_backbone(model: nn.Module) -> nn.Module:
+    """Leave only the classifier, a network's last part, to be trained. All before it keeps its weights and, in training
+    too, its batch norm statistics; nothing in it is dropped."""
+    *backbone, _ = (child for child in model.children() if not isinstance(child, nn.Dropout))
+    for part in backbone:
+        part.requires_grad_(False).register_forward_pre_hook(_rest)
+    return model
+
+
+def _rest(part: nn.Module, inputs: tuple) -> None:
+    if part.training:
+        part.eval()
+
+
+def imagenet_weights(name: str) -> Path:
+    """torchvision's ImageNet weights of a network as a file in torch's cache ($TORCH_HOME/hub/checkpoints), fetched if
+    they are not there. Their checksum is verified every time. FileNotFoundError says what to do without a network."""
+    weights = get_model_weights(f"efficientnet_{name}" if name in VARIANTS else name).DEFAULT
+    path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+    expected = path.stem.rpartition("-")[2]  # the name ends in the first digits of its sha256
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(weights.url, str(path), expected, progress=sys.stderr.isatty())
+        except Exception as error:  # URL, socket and checksum errors alike
+            raise FileNotFoundError(
+                f"the ImageNet weights of {name} are not at {path}, and fetching them failed ({type(error).__name__}: "
+                f"{error}). Put {weights.url} there by hand, or do without: pretrained=False"
+            ) from None
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(expected):
+        raise ValueError(f"{path} is damaged: its sha256 begins with {digest[:8]}, expected {expected}; delete it")
+    return path
+
+
+_FINE_TUNE = "to fine-tune on other classes: new_head=True"
+
+
+def _read_weights(weights: Mapping[str, Tensor] | str | Path) -> Mapping[str, Tensor]:
+    """A state dict, or a file of one, of which no pickled code is ever executed."""
+    if isinstance(weights, Mapping):
+        return weights
+    return torch.load(weights, map_location="cpu", weights_only=True)
 
 
 def load_torchvision_weights(
-    model: EfficientNet, state_dict: Mapping[str, Tensor] | str | Path, norm_eps: float | None = None
+    model: EfficientNet,
+    state_dict: Mapping[str, Tensor] | str | Path,
+    norm_eps: float | None = None,
+    new_head: bool = False,
 ) -> EfficientNet:
     """Copy the weights of a torchvision EfficientNet (its state dict, or a file of one) into ours; a rename.
 
     Sets batch norm's eps as well, which a state dict does not carry: `norm_eps`, else torchvision's own, 1e-3 for b5
-    to b7 and 1e-5 for all others. ValueError where names or shapes differ. No pickled code in a file is ever executed.
+    to b7 and 1e-5 for all others. `new_head` leaves our classifier as it is, for other classes than the weights'.
+    ValueError where names or shapes differ. No pickled code in a file is ever executed.
     """
-    if not isinstance(state_dict, Mapping):
-        state_dict = torch.load(state_dict, map_location="cpu", weights_only=True)
-    theirs = {_from_torchvision(key): value for key, value in state_dict.items()}
+    theirs = {_from_torchvision(key): value for key, value in _read_weights(state_dict).items()}
     ours = model.state_dict()
+    if new_head:
+        theirs |= {key: value for key, value in ours.items() if key.startswith("classifier.")}
     for key in [*ours, *theirs]:
         if key not in theirs or key not in ours:
             side = "missing from the weights" if key not in theirs else "not in this model"
             raise ValueError(f"weights do not fit: {key} is {side}; is it the same variant?")
         if theirs[key].shape != ours[key].shape:
             expected, got = tuple(ours[key].shape), tuple(theirs[key].shape)
-            raise ValueError(f"weights do not fit: {key} has shape {got}, the model needs {expected}")
+            hint = f"; {_FINE_TUNE}" if key.startswith("classifier.") else ""
+            raise ValueError(f"weights do not fit: {key} has shape {got}, the model needs {expected}{hint}")
     if norm_eps is None:
         large = [(VARIANTS[name].depth, VARIANTS[name].width) for name in ("b5", "b6", "b7")]
         norm_eps = 1e-3 if (model.scaling.depth, model.scaling.width) in large else 1e-5
@@ -552,24 +666,55 @@ def count_cost(model: nn.Module, resolution: int) -> Cost:
     FLOPs cover convolutions and matrix products, forward only (torch's counter is wrong by up to 98 x for the
     backward pass of depthwise convolutions).
     """
+    model = _for_counting(model, resolution)
+    return _count(model, (1, 3, resolution, resolution), {"": model})[""]
+
+
+def cost_by_stage(model: nn.Module, resolution: int) -> dict[str, Cost]:
+    """Cost of each part of `model` by name, in their order; the sums are count_cost's. An EfficientNet has stem, stage
+    1 to stage 7, head and classifier, others their own parts."""
+    model = _for_counting(model, resolution)
+    parts = {}
+    for name, child in model.named_children():
+        if name in ("stages", "features"):
+            of = "stage {}" if name == "stages" else "{}"
+            parts |= {of.format(i if name == "features" else int(i) + 1): part for i, part in child.named_children()}
+        else:
+            parts[name] = child
+    costs = _count(model, (1, 3, resolution, resolution), parts)
+    return {name: cost for name, cost in costs.items() if cost != Cost(0, 0, 0)}
+
+
+def _for_counting(model: nn.Module, resolution: int) -> nn.Module:
     if not isinstance(resolution, int) or resolution < 1:
         raise ValueError(f"resolution: expected a whole number of pixels, at least 1, got {resolution!r}")
-    return _count(copy.deepcopy(model).to("meta"), (1, 3, resolution, resolution))
+    return copy.deepcopy(model).to("meta")
 
 
-def _count(model: nn.Module, shape: tuple[int, ...]) -> Cost:
-    """Cost of a module on the meta device, whose hooks stay, for an input (1, C, H, W)."""
-    activations = 0
+def _count(model: nn.Module, shape: tuple[int, ...], parts: Mapping[str, nn.Module]) -> dict[str, Cost]:
+    """Cost of parts of a module on the meta device, whose hooks stay, for an input (1, C, H, W)."""
+    activations, costs = 0, {name: Cost(0, 0, 0) for name in parts}  # of a part that is not called
 
     def add_output(module: nn.Module, inputs: tuple, output: Tensor) -> None:
         nonlocal activations
         activations += output.numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0
 
+    def enter(module: nn.Module, inputs: tuple) -> None:
+        module.before = counter.get_total_flops(), activations
+
+    def leave(module: nn.Module, inputs: tuple, output: Tensor, name: str) -> None:
+        flops, before = module.before
+        params = sum(p.numel() for p in module.parameters())
+        costs[name] = Cost(params, (counter.get_total_flops() - flops) // 2, activations - before)
+
     for module in model.eval().modules():
         module.register_forward_hook(add_output)
+    for name, part in parts.items():
+        part.register_forward_pre_hook(enter)
+        part.register_forward_hook(partial(leave, name=name))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(shape, device="meta"))
-    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, activations)
+    return costs
 
 
 def scaled_cost(scaling: Scaling, base_resolution: int = 224, num_classes: int = 1000, stem_stride: int = 2) -> Cost:
@@ -589,13 +734,12 @@ def _layer_costs(width: float, pixels: int, num_classes: int, stem_stride: int) 
     """Cost of the network with one layer in each stage, and of one further layer of each stage."""
     side, further = math.ceil(pixels / stem_stride), []
     with torch.device("meta"):
-        shallow = _count(
-            EfficientNet(Scaling(1e-6, width), num_classes, stem_stride=stem_stride), (1, 3, pixels, pixels)
-        )
+        shallow = EfficientNet(Scaling(1e-6, width), num_classes, stem_stride=stem_stride)
+        shallow = _count(shallow, (1, 3, pixels, pixels), {"": shallow})[""]
         for stage in STAGES:
             side, channels = math.ceil(side / stage.stride), round_filters(stage.channels, width)
             layer = MBConv(channels, channels, stage.expand, stage.kernel, 1, 0.0)
-            further.append(_count(layer, (1, channels, side, side)))
+            further.append(_count(layer, (1, channels, side, side), {"": layer})[""])
     return shallow, further
 
 

@@ -27,7 +27,7 @@ from jsonschema.exceptions import best_match
 
 SCHEMA_VERSION = 2  # of run.json; 1 had no digest
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # newest first
-WEIGHTS = "weights.safetensors"
+WEIGHTS, PREDICTIONS = "weights.safetensors", "test_predictions.npz"
 
 
 def _has(**kinds: object) -> dict:

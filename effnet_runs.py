@@ -17,13 +17,17 @@ import torch
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import record as elastic_record
 
-from effnet_data import CLASS_COUNTS, ImageData, check_settings, load_data
+from effnet_data import CLASS_COUNTS, SIZES, ImageData, check_settings, class_count, load_data
 from effnet_lib import (
     CHECKPOINTS,
     HEAD_CHANNELS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    NEIGHBOURS,
     STAGES,
     STEM_CHANNELS,
     TABLE7,
+    VARIANTS,
     Cost,
     EfficientNet,
     Held,
@@ -33,6 +37,9 @@ from effnet_lib import (
     TrainConfig,
     coefficient_grid,
     compound_scaling,
+    count_cost,
+    create_model,
+    freeze_backbone,
     holder_of,
     launch,
     match_flops,
@@ -80,6 +87,11 @@ PURPOSES = {
     "exploratory": "exploratory: fewer seeds, data or epochs than a claim needs",
     "evidence": "evidence, by the rules fixed before the runs",
 }
+
+
+# For data sets without a profile: `effnet train --model b0 --dataset folder:PATH`
+PLAIN_RECIPE = {"epochs": 10, "batch_size": 32, "optimizer": "sgd", "lr": 0.05, "weight_decay": 1e-4}
+PLAIN_RECIPE |= {"norm_momentum": 0.1, "ema_decay": 0.99}
 
 
 def family(method: str) -> str:
@@ -299,14 +311,18 @@ class Run:
     @cached_property
     def scaling(self) -> Scaling:
         """FileNotFoundError if its coefficients have not been searched for."""
-        of_search = family(self.method) == "compound_searched"
-        searched = searched_coefficients(self.profile, self.folder) if of_search else None
-        if of_search and searched is None:
+        if self.waiting:
             raise FileNotFoundError(
                 f"{self.folder / COEFFICIENTS} of this profile's search is not there; search for {self.method}'s "
                 f"coefficients first: effnet search {self.profile.name}"
             )
-        return self.profile.scaling(self.method, searched)
+        return self.profile.scaling(self.method, searched_coefficients(self.profile, self.folder))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether its coefficients are still to be searched for."""
+        searched = family(self.method) == "compound_searched"
+        return searched and searched_coefficients(self.profile, self.folder) is None
 
     @property
     def config(self) -> TrainConfig:
@@ -356,9 +372,9 @@ class Run:
         profile, coefficients = self.profile, dataclasses.asdict(self.scaling)
         return {"coefficients": coefficients, "stem_stride": profile.stem_stride, "data": profile.data}
 
-    def model(self, num_classes: int) -> EfficientNet:
-        """The untrained network, its initial weights drawn by the run's seed."""
-        return _network(self.scaling, num_classes, self.profile.stem_stride, self.config)
+    def model(self, num_classes: int) -> torch.nn.Module:
+        """The untrained network, its initial weights drawn by the run's seed, or pretrained as the recipe says."""
+        return network(self.scaling, num_classes, self.profile.stem_stride, self.config)
 
     def train(
         self, data: ImageData, device: str | None = None, each_epoch: Callable[[dict], bool | None] | None = None
@@ -368,6 +384,9 @@ class Run:
         Several devices have a process each, by torch's elastic launcher, or by torchrun, of whose this is then one.
         each_epoch: as in effnet_lib.train; on one device only.
         """
+        if self.config.pretrained:
+            mean, std = (255 * torch.tensor(values, device=data.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
+            data = dataclasses.replace(data, mean=mean, std=std)
         alone = not torch.distributed.is_torchelastic_launched()
         processes, record = self._processes(device), read_record(self.directory)
         if processes > 1 and each_epoch is not None:
@@ -420,7 +439,7 @@ class Run:
     def state(self) -> str:
         """finished, failed, diverged, pruned (of a search), stale (the profile has changed since), damaged (its record
         cannot be trusted), running, interrupted, missing, or waiting (for its coefficients to be searched)."""
-        if family(self.method) == "compound_searched" and searched_coefficients(self.profile, self.folder) is None:
+        if self.waiting:
             return "waiting"
         try:
             record = read_record(self.directory)
@@ -521,9 +540,92 @@ def searched_coefficients(profile: Profile, folder: Path) -> tuple[float, float,
     return coefficients if found.get("search") == profile.search.settings() else None
 
 
-def _network(scaling: Scaling, num_classes: int, stem_stride: int, config: TrainConfig) -> EfficientNet:
+@dataclass(frozen=True)
+class ModelRun(Run):
+    """A network by its own name (`method`: b0 to b7, or one of NEIGHBOURS), trained on a profile's images by its
+    recipe.
+
+    It is no part of the profile's study, and lies in models/ beside its runs.
+    """
+
+    pixels: int | None = None  # default: the profile's, scaled as the variant is
+    waiting = False
+
+    @cached_property
+    def scaling(self) -> Scaling:
+        if self.method not in (*VARIANTS, *NEIGHBOURS):
+            raise unknown_name("model", self.method, [*VARIANTS, *NEIGHBOURS])
+        return VARIANTS.get(self.method, Scaling())
+
+    @property
+    def config(self) -> TrainConfig:
+        config = super().config
+        return dataclasses.replace(config, resolution=self.pixels or config.resolution)
+
+    @cached_property
+    def cost(self) -> Cost:
+        with torch.device("meta"):
+            model = create_model(self.method, self.profile.num_classes, stem_stride=self.profile.stem_stride)
+        return count_cost(model, self.config.resolution)
+
+    @property
+    def directory(self) -> Path:
+        start = "_pretrained" * self.config.pretrained + "_frozen" * self.config.freeze
+        return self.folder / "models" / f"{self.method}{start}_{self.config.resolution}px_seed{self.seed}"
+
+    @property
+    def about(self) -> dict:
+        return super().about | {"model": self.method}
+
+    def model(self, num_classes: int) -> torch.nn.Module:
+        return network(self.scaling, num_classes, self.profile.stem_stride, self.config, self.method)
+
+
+def plan_model(
+    model: str,
+    dataset: str,
+    results: str | Path | None = None,
+    *,
+    seed: int = 0,
+    pixels: int | None = None,
+    changes: Mapping[str, object] | None = None,
+) -> ModelRun:
+    """A network by name on a data set, by the recipe of a profile with some settings changed.
+
+    dataset: a profile, whose data and recipe are taken, or the name of a data set (as in load_data), for which the
+    recipe is PLAIN_RECIPE. pixels: of the network's input. Raises ValueError for anything unknown.
+    """
+    if dataset in profile_names() or dataset.endswith(".yaml"):
+        profile = load_profile(dataset)
+    else:
+        check_settings(dataset)
+        size = SIZES.get(dataset) or pixels or 64
+        data = {"name": dataset, "size": size, "classes": class_count(dataset)}
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", dataset.rstrip("/").rpartition("/")[2].removeprefix("folder:"))
+        about = {"title": name, "purpose": "exploratory", "methods": (), "seeds": (seed,)}
+        profile = Profile(
+            name, data=data, base_resolution=size, stem_stride=2 - (size <= 64), train=PLAIN_RECIPE, **about
+        )
+    profile = dataclasses.replace(profile, train={**profile.train, **(changes or {})})
+    run = ModelRun(profile, model, seed, Path(results or RESULTS).absolute(), pixels)
+    run.config  # noqa: B018 - refuses what cannot be
+    return run
+
+
+def network(
+    scaling: Scaling, num_classes: int, stem_stride: int, config: TrainConfig, name: str | None = None
+) -> torch.nn.Module:
+    """The network of a run: B0 scaled, or one by its name; with ImageNet's weights and frozen as the config says."""
     torch.manual_seed(config.seed)
-    return EfficientNet(scaling, num_classes, stem_stride=stem_stride, **config.model_options())
+    options = {"stem_stride": stem_stride, **config.model_options()}
+    if config.pretrained and name is None:
+        name = next((n for n, s in VARIANTS.items() if (s.depth, s.width) == (scaling.depth, scaling.width)), None)
+        if name is None:
+            raise ValueError(f"pretrained: there are no ImageNet weights of {scaling}, only of b0 to b7 and neighbours")
+    if name is None:
+        return EfficientNet(scaling, num_classes, **options)
+    model = create_model(name, num_classes, pretrained=config.pretrained, new_head=config.pretrained, **options)
+    return freeze_backbone(model) if config.freeze else model
 
 
 @elastic_record
@@ -599,8 +701,11 @@ def rerun(path: str | Path, results: str | Path = "rerun", device: str | None = 
     data = _without_test(data) if record.get("scored") == "minival" else data
     if data.fingerprint != record["dataset"]["fingerprint"]:
         raise ValueError(f"{path} was trained on other images than those of {record['data']} here")
-    model = _network(Scaling(**record["coefficients"]), len(data.classes), record["stem_stride"], config)
-    kept = ("profile", "purpose", "method", "coefficients", "stem_stride", "data", "pilot", "scored", "git")
+    if config.pretrained:
+        raise ValueError(f"{path} began with pretrained weights; repeat it with effnet train --pretrained")
+    scaling, name = Scaling(**record["coefficients"]), record.get("model")
+    model = network(scaling, len(data.classes), record["stem_stride"], config, name)
+    kept = ("profile", "purpose", "method", "model", "coefficients", "stem_stride", "data", "pilot", "scored", "git")
     about = {key: record[key] for key in kept if key in record}
     about["rerun_of"] = about.pop("git", {}).get("commit")
     folder = Path(results) / (path.parent if path.name == "run.json" else path).resolve().name

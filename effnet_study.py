@@ -33,14 +33,19 @@ from scipy import stats
 from effnet_data import NAMES, DamagedImages, data_root, describe_data, inspect_data, load_data, sample_grid
 from effnet_lib import (
     CHECKPOINTS,
+    NEIGHBOURS,
     TABLE7,
     VARIANTS,
+    EfficientNet,
     Interrupted,
+    Scaling,
+    cost_by_stage,
+    count_cost,
+    create_model,
     device_name,
     holder_of,
     read_record,
     round_resolution,
-    scaled_cost,
     unknown_name,
     write_json,
 )
@@ -50,6 +55,7 @@ from effnet_runs import (  # noqa: F401 - some of them only passed on
     COLORS,
     NOTEBOOKS,
     PAPER_TABLE7,
+    PHI,
     PURPOSES,
     RESULTS,
     ROOT,
@@ -66,6 +72,7 @@ from effnet_runs import (  # noqa: F401 - some of them only passed on
     load_profile,
     load_runs,
     pilot,
+    plan_model,
     plan_runs,
     plan_search,
     profile_names,
@@ -73,6 +80,7 @@ from effnet_runs import (  # noqa: F401 - some of them only passed on
     searched_coefficients,
 )
 from effnet_speed import estimate_seconds
+from effnet_use import check_on_imagenet, export, load_classifier, load_run, predict  # noqa: F401 - passed on
 
 STYLE = NOTEBOOKS / "study.mplstyle"  # for matplotlib: plt.style.use(study.STYLE)
 MARGIN = 0.5  # points of top-1 within which two methods count as equal
@@ -569,18 +577,71 @@ def throughput_folder(device: torch.device, results: str | Path | None = None) -
     return Path(results or RESULTS).absolute() / "throughput" / name
 
 
-def _cost_table(names: Sequence[str], resolution: int | None, num_classes: int, stem_stride: int) -> str:
+def _cost_table(
+    names: Sequence[str], resolution: int | None, num_classes: int, stem_stride: int, by_stage: bool
+) -> str:
+    """Networks with their cost, a row each, or a row for each of their parts and their sum."""
     rows = []
     for name in names:
-        scaling = {**VARIANTS, **TABLE7}.get(name)
+        scaling = {**VARIANTS, **TABLE7, **dict.fromkeys(NEIGHBOURS, Scaling())}.get(name)
         if scaling is None:
-            raise unknown_name("network", name, {**VARIANTS, **TABLE7})
+            raise unknown_name("network", name, {**VARIANTS, **TABLE7, **NEIGHBOURS})
         pixels = round_resolution(scaling.resolution, resolution or 224)
-        cost = scaled_cost(scaling, resolution or 224, num_classes, stem_stride)
-        rows.append({"network": name, "px": pixels, **dataclasses.asdict(cost)})
+        with torch.device("meta"):
+            model = None if name in NEIGHBOURS else EfficientNet(scaling, num_classes, stem_stride=stem_stride)
+            model = model or create_model(name, num_classes, stem_stride=stem_stride)
+        head = {"network": name, "px": pixels}
+        if by_stage:
+            rows += [{**head, "part": p, **dataclasses.asdict(c)} for p, c in cost_by_stage(model, pixels).items()]
+            head["part"] = "total"
+        rows.append(head | dataclasses.asdict(count_cost(model, pixels)))
     return pd.DataFrame(rows).to_string(
         index=False, formatters=dict.fromkeys(["params", "flops", "activations"], "{:,}".format)
     )
+
+
+def _train(args: argparse.Namespace) -> None:
+    """effnet train: a method of a profile, or a network by its name on a data set."""
+    words = [word for word in args.words if "=" not in word]
+    changes = _settings(word for word in args.words if "=" in word)
+    dataset, name = args.dataset, args.model
+    if words and (dataset or name):
+        raise ValueError(f"train: {words[0]!r} and --model or --dataset say the same; give one of them")
+    if len(words) > 2:
+        raise ValueError(f"train: expected PROFILE METHOD, and settings as NAME=VALUE, got {' '.join(words)!r}")
+    dataset, name = (*words, None, None)[:2] if words else (dataset, name)
+    if not dataset or not name:
+        raise ValueError("train: expected PROFILE METHOD, or --model NAME --dataset NAME; see effnet train --help")
+    changes |= {key: True for key in ("pretrained", "freeze") if getattr(args, key)}
+    if name in (*VARIANTS, *NEIGHBOURS):
+        options = {"seed": args.seed, "pixels": args.resolution, "changes": changes}
+        run = plan_model(name, dataset, args.results, **options)
+    elif changes or args.resolution:
+        raise ValueError(
+            f"train: {name} is a method of the study, whose recipe is its profile's; copy that to change it"
+        )
+    elif name not in TRAINED_BY and not PHI.fullmatch(name):
+        raise unknown_name("method or model", name, [*TRAINED_BY, *VARIANTS, *NEIGHBOURS])
+    else:
+        run = Run.plan(dataset, name, args.seed, args.results)
+    run.train(load_data(**run.profile.data), args.device)
+    if os.environ.get("RANK", "0") == "0":  # the first process under torchrun
+        print(f"written to {run.directory}")
+
+
+def _predict(args: argparse.Namespace) -> int:
+    """effnet predict: classes and probabilities, a block for each file. 2 if one of them could not be read."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    damaged = 0
+    for file, answer in predict(load_classifier(args.network), args.files, args.top, device):
+        if isinstance(answer, Exception):
+            damaged += 1
+            print(f"effnet: {file} cannot be read as an image: {answer}", file=sys.stderr)
+            continue
+        print(file)
+        for name, probability in answer:
+            print(f"  {100 * probability:6.2f} %  {name}")
+    return 2 if damaged else 0
 
 
 def report_data(name: str, root: str | None, size: int | None, classes: int | None, output: str | None) -> int:
@@ -666,8 +727,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     sub.add_argument("--rounds", type=int, default=15, help="rounds of measurements (default: 15)")
     sub.add_argument("--results", metavar="DIR", help="where results go, instead of results/")
-    sub = command("train", "train one method and seed of a profile, without a notebook")
-    sub.add_argument("method", choices=TRAINED_BY)
+    text = "train one method and seed of a profile, or a network by its name on a data set, without a notebook"
+    sub = command("train", text, profile=False)
+    words = "PROFILE METHOD, or PROFILE MODEL; of a model's recipe also NAME=VALUE, such as epochs=5"
+    sub.add_argument("words", nargs="*", metavar="PROFILE METHOD", help=words)
+    sub.add_argument("--model", help=f"instead: {', '.join([*VARIANTS, *NEIGHBOURS])}")
+    sub.add_argument("--dataset", help=f"and a profile, for its data and recipe, or one of {', '.join(NAMES)}")
+    sub.add_argument(
+        "--pretrained", action="store_true", help="begin with torchvision's ImageNet weights and a new head"
+    )
+    sub.add_argument("--freeze", action="store_true", help="train the head alone")
+    sub.add_argument("--resolution", type=int, help="pixels of a model's input (default: the profile's)")
+    sub.add_argument("--results", metavar="DIR", help="where results go, instead of results/")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--time-budget", type=_duration, metavar="TIME", help=budget)
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
@@ -679,7 +750,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub.add_argument("--results", metavar="DIR", default="rerun", help="where results go (default: rerun/)")
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     sub = command("cost", "count parameters, FLOPs (multiply-adds) and activations", profile=False)
-    sub.add_argument("networks", nargs="+", metavar="NETWORK", help="b0 to b7, or a Table 7 row such as compound")
+    known_networks = "b0 to b7, a Table 7 row such as compound, or resnet50, resnet152, densenet201"
+    sub.add_argument("networks", nargs="+", metavar="NETWORK", help=known_networks)
+    sub.add_argument("--by-stage", action="store_true", help="a row for each part, and their sum")
     sub.add_argument("--resolution", type=int, help="pixels at resolution coefficient 1 (default: 224)")
     sub.add_argument("--classes", type=int, default=1000)
     sub.add_argument("--stem-stride", type=int, default=2, choices=(1, 2))
@@ -691,6 +764,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     sub.add_argument("--classes", type=int, help="only the first so many classes")
     sub.add_argument("--output", metavar="DIR", help="for NAME.json and NAME.png, a grid (default: reports/ in there)")
+    trained = "a finished run's folder, or b0 to b7 or a neighbour for its ImageNet weights"
+    sub = command("predict", "say what is on images: classes with their probabilities", profile=False)
+    sub.add_argument("network", metavar="RUN", help=trained)
+    sub.add_argument("files", nargs="+", metavar="IMAGE")
+    sub.add_argument("--top", type=int, default=5, help="how many classes (default: 5)")
+    sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    sub = command("export", "write a trained network as ONNX or torch.export program, and verify it", profile=False)
+    sub.add_argument("network", metavar="RUN", help=trained)
+    sub.add_argument("--output", metavar="FILE", help="NAME.onnx or NAME.pt2 (default: model.onnx in the run's folder)")
+    text = (
+        "score pretrained weights in our network on ImageNet's validation images, beside torchvision's published top-1"
+    )
+    sub = command("evaluate", text, profile=False)
+    sub.add_argument("model", choices=[*VARIANTS, *NEIGHBOURS])
+    sub.add_argument("--root", metavar="DIR", help="holds imagenet/val/ (default: $EFFNET_DATA, else ./data)")
+    sub.add_argument("--images", type=int, help="only so many, drawn at random (default: all 50,000)")
+    sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     args = parser.parse_args(arguments)
 
     # A scheduler's SIGTERM must reach the kernel as an interrupt; a background shell starts us with SIGINT ignored.
@@ -716,17 +806,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif args.command == "bench":
             bench(args.results, device=args.device, rounds=args.rounds)
         elif args.command == "train":
-            run = Run.plan(args.profile, args.method, args.seed, args.results)
-            run.train(load_data(**run.profile.data), args.device)
-            if os.environ.get("RANK", "0") == "0":  # the first process under torchrun
-                print(f"written to {run.directory}")
+            _train(args)
         elif args.command == "pilot":
             pilot(args.profile, _settings(args.changes), args.results, args.device)
             print(load_pilots(args.profile, args.results).to_string(index=False, na_rep="-"))
         elif args.command == "rerun":
             print(rerun(args.record, args.results, args.device).to_string(na_rep="-"))
         elif args.command == "cost":
-            print(_cost_table(args.networks, args.resolution, args.classes, args.stem_stride))
+            print(_cost_table(args.networks, args.resolution, args.classes, args.stem_stride, args.by_stage))
+        elif args.command == "predict":
+            return _predict(args)
+        elif args.command == "export":
+            folder = Path(args.network).parent if args.network.endswith("run.json") else Path(args.network)
+            output = args.output or (folder / "model.onnx" if folder.is_dir() else f"{args.network}.onnx")
+            difference = export(args.network, output)
+            print(f"written to {output}; its logits differ from the network's by {difference:.1e} of the greatest")
+        elif args.command == "evaluate":
+            scores = check_on_imagenet(args.model, args.root, images=args.images, device=args.device)
+            print("{images:,} images: top-1 {top1:.3f} %, top-5 {top5:.3f} %".format(**scores))
+            print(
+                "published by torchvision: top-1 {published_top1:.3f} %, top-5 {published_top5:.3f} %".format(**scores)
+            )
         else:
             return report_data(args.name, args.root, args.size, args.classes, args.output)
         return 0
