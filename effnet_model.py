@@ -152,7 +152,7 @@ def match_flops(
         "depth": lambda i: Scaling(depth=1 + i / 100),
         "width": lambda i: Scaling(width=1 + i / 100),
         "resolution": lambda i: Scaling(resolution=(base_resolution + i) / base_resolution),
-        "compound": lambda i: compound_scaling(i / 100),
+        "compound": lambda i: compound_scaling(i / 100, *coefficients),
     }
     if method not in candidates:
         raise unknown_name("method to match", method, candidates)

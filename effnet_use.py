@@ -3,6 +3,7 @@ pretrained weights against torchvision's published accuracy on ImageNet."""
 
 import io
 import json
+import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -214,7 +215,7 @@ def check_on_imagenet(
     chosen = np.random.default_rng(0).permutation(len(data))[:count].tolist()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, right = model.eval().to(device, memory_format=torch.channels_last), np.zeros(2)
-    workers = workers if platform.system() == "Linux" else 0
+    workers = min(workers, os.cpu_count() or 1) if platform.system() == "Linux" else 0
     with torch.no_grad():
         for x, y in DataLoader(Subset(data, chosen), batch_size, num_workers=workers):
             ranked = model(x.to(device)).topk(5).indices.cpu() == y[:, None]

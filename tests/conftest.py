@@ -1,7 +1,12 @@
 """Shared small things: a tiny network's recipe, a data set in memory, a study profile that runs in seconds."""
 
+import dataclasses
+import hashlib
 import json
 import os
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import matplotlib
 import numpy as np
@@ -10,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
+import effnet_data
 import effnet_lib
 from effnet_data import load_data
 
@@ -84,6 +90,29 @@ def image_folder(tmp_path):
         return tmp_path / "pictures"
 
     return write
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A function that serves an archive as if a data set's publisher did, and makes it the one that is expected."""
+    servers = []
+
+    def publish(name, archive):
+        handler = partial(SimpleHTTPRequestHandler, directory=archive.parent)
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        url, md5 = (
+            f"http://127.0.0.1:{server.server_port}/{archive.name}",
+            hashlib.md5(archive.read_bytes()).hexdigest(),
+        )
+        expected = dataclasses.replace(effnet_data.ARCHIVES[name], url=url, md5=md5)
+        monkeypatch.setitem(effnet_data.ARCHIVES, name, expected)
+
+    yield publish
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 def write_record(run, top1=50.0, **changes):

@@ -8,16 +8,25 @@ import torch
 from torch import nn
 
 from effnet_lib import (
+    NEIGHBOURS,
     TABLE7,
     VARIANTS,
+    Cost,
     EfficientNet,
     Scaling,
+    cost_by_stage,
     count_cost,
+    create_model,
     efficientnet,
     round_resolution,
     scaled_cost,
 )
 
+NEIGHBOURS_PUBLISHED = {
+    "resnet50": (25557032, 4.089),
+    "resnet152": (60192808, 11.514),
+    "densenet201": (20013928, 4.291),
+}
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "costs.json").read_text())
 
 
@@ -38,6 +47,30 @@ def test_any_scaling_is_counted_as_its_network_is():
     ):
         model = EfficientNet(scaling, 7, stem_stride=stride)
         assert scaled_cost(scaling, base, 7, stride) == count_cost(model, round_resolution(scaling.resolution, base))
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *NEIGHBOURS])
+def test_the_parts_cost_what_the_whole_does(name):
+    with torch.device("meta"):
+        model = create_model(name, 10)
+    parts, whole = cost_by_stage(model, 96).values(), count_cost(model, 96)
+    for field in ("params", "flops", "activations"):
+        assert sum(getattr(part, field) for part in parts) == getattr(whole, field)
+
+
+def test_neighbours_cost_what_is_published():
+    """Parameters and multiply-adds of torchvision's documentation."""
+    for name, published in NEIGHBOURS_PUBLISHED.items():
+        with torch.device("meta"):
+            cost = count_cost(create_model(name), 224)
+        assert (cost.params, round(cost.flops / 1e9, 3)) == published
+
+
+def test_an_efficientnet_has_its_stages():
+    parts = cost_by_stage(efficientnet("b0"), 224)
+    assert list(parts) == ["stem", *(f"stage {i}" for i in range(1, 8)), "head", "classifier"]
+    assert parts["classifier"] == Cost(1280 * 1000 + 1000, 1280 * 1000, 1000)
+    assert parts["stem"].flops == 112 * 112 * 32 * 3 * 9
 
 
 def test_a_multiply_add_is_one_flop():

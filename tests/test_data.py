@@ -1,7 +1,6 @@
 """Data sets, their layouts, archives, decoded cache, splits and batches; on digits and on small sets that the tests
 write themselves."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -12,8 +11,6 @@ import sys
 import tarfile
 import threading
 import zipfile
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -580,29 +577,6 @@ def write_cifar10(folder, per_batch=20):
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
     return sums, hashlib.md5((folder / "batches.meta").read_bytes()).hexdigest()
-
-
-@pytest.fixture
-def published(tmp_path, monkeypatch):
-    """A function that serves an archive as if a data set's publisher did, and makes it the one that is expected."""
-    servers = []
-
-    def publish(name, archive):
-        handler = partial(SimpleHTTPRequestHandler, directory=archive.parent)
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        url, md5 = (
-            f"http://127.0.0.1:{server.server_port}/{archive.name}",
-            hashlib.md5(archive.read_bytes()).hexdigest(),
-        )
-        expected = dataclasses.replace(effnet_data.ARCHIVES[name], url=url, md5=md5)
-        monkeypatch.setitem(effnet_data.ARCHIVES, name, expected)
-
-    yield publish
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from effnet_lib import (
     round_filters,
     round_repeats,
     round_resolution,
+    scaled_cost,
 )
 
 
@@ -79,7 +80,26 @@ def test_single_axes_match_compounds_flops_within_three_percent(axis):
     assert all(getattr(match.scaling, other) == 1 for other in others)
 
 
+def test_an_empty_grid_is_refused():
+    with pytest.raises(
+        ValueError, match=r"step: on a grid of 0.6 no alpha \* beta\^2 \* gamma\^2 lies in \[1.9, 2.1\]"
+    ):
+        coefficient_grid(0.6)
+
+
+@pytest.mark.parametrize("coefficients", [(1.0, 1.0, 1.4), (1.4, 1.1, 1.1)])
+def test_other_coefficients_are_matched_at_a_phi_of_their_own(coefficients):
+    target = scaled_cost(TABLE7["compound"]).flops
+    match = match_flops("compound", target, coefficients=coefficients)
+    assert abs(match.residual) < 0.03 and scaled_cost(match.scaling).flops == match.flops
+    found = (match.scaling.depth, match.scaling.width, match.scaling.resolution)
+    phi = {round(math.log(got) / math.log(base), 6) for got, base in zip(found, coefficients, strict=True) if base > 1}
+    assert len(phi) == 1 and all(got == 1 for got, base in zip(found, coefficients, strict=True) if base == 1)
+
+
 def test_match_flops_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="coefficients: expected one above 1"):
+        match_flops("compound", 10**9, coefficients=(1, 1, 1))
     with pytest.raises(ValueError, match="'dept'.*Did you mean 'depth'"):
         match_flops("dept", 10**9)
     with pytest.raises(ValueError, match="at least the baseline's"):
