@@ -540,6 +540,19 @@ def searched_coefficients(profile: Profile, folder: Path) -> tuple[float, float,
     return coefficients if found.get("search") == profile.search.settings() else None
 
 
+def describe_search(found: Mapping) -> str:
+    """What coefficients.json says, in words."""
+    words = "alpha {alpha:g}, beta {beta:g}, gamma {gamma:g}, with {minival_top1:.2f} % of minival, did best of "
+    if found["finished"] == 1:
+        words += "{candidates} candidates. All others were pruned by early scores, so how sure that is cannot be said."
+    else:
+        words += (
+            "{candidates} candidates. It is the best in {best_in_percent_of_draws:.0f} % of the draws of images and "
+        )
+        words += "seeds; of the {others} others that were trained to the end {equal} cannot be told from it."
+    return words.format(others=found["finished"] - 1, equal=len(found["not_told_apart"]), **found)
+
+
 @dataclass(frozen=True)
 class ModelRun(Run):
     """A network by its own name (`method`: b0 to b7, or one of NEIGHBOURS), trained on a profile's images by its

@@ -65,6 +65,7 @@ from effnet_runs import (  # noqa: F401 - some of them only passed on
     Run,
     Search,
     color,
+    describe_search,
     ending,
     family,
     load_history,
