@@ -562,13 +562,15 @@ def print_plan(table: pd.DataFrame, jobs: int) -> None:
     print(f"{len(table)} runs, {timedelta(seconds=round(total))} one after the other{together}", flush=True)
 
 
-def bench(results: str | Path | None = None, *, device: str | None = None, rounds: int = 15) -> None:
-    """Execute 06_throughput on this device and print its tables, which lie in RESULTS/throughput/DEVICE/."""
+def bench(
+    results: str | Path | None = None, *, device: str | None = None, rounds: int = 15, models: bool = False
+) -> None:
+    """Execute 06_throughput on this device, or 07_models; print its tables, which lie in RESULTS/throughput/DEVICE/."""
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = throughput_folder(kind, results)
-    parameters = {"device": kind.type, "rounds": rounds, "results": results and str(Path(results).absolute())}
-    run_notebook("06_throughput", folder / "06_throughput.ipynb", parameters)
-    for name in ("peers", "methods"):
+    folder, notebook = throughput_folder(kind, results), "07_models" if models else "06_throughput"
+    parameters = {"device": kind.type, "results": results and str(Path(results).absolute())}
+    run_notebook(notebook, folder / f"{notebook}.ipynb", parameters | ({} if models else {"rounds": rounds}))
+    for name in ("models",) if models else ("peers", "methods"):
         print(f"\n{pd.read_csv(folder / f'{name}.csv').to_string(index=False, na_rep='-')}", flush=True)
 
 
@@ -727,6 +729,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub = command("bench", "time training steps of ours and of others' B0 side by side on this device", profile=False)
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     sub.add_argument("--rounds", type=int, default=15, help="rounds of measurements (default: 15)")
+    sub.add_argument("--models", action="store_true", help="instead: b0 to b7 and neighbours, cost and speed")
     sub.add_argument("--results", metavar="DIR", help="where results go, instead of results/")
     text = "train one method and seed of a profile, or a network by its name on a data set, without a notebook"
     sub = command("train", text, profile=False)
@@ -805,7 +808,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif args.command == "search":
             return 0 if search(args.profile, args.results, device=args.device, threads=args.threads) else 1
         elif args.command == "bench":
-            bench(args.results, device=args.device, rounds=args.rounds)
+            bench(args.results, device=args.device, rounds=args.rounds, models=args.models)
         elif args.command == "train":
             _train(args)
         elif args.command == "pilot":

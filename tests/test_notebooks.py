@@ -59,8 +59,9 @@ purpose: check
 data: {name: digits, size: 16, train_per_class: 4}
 base_resolution: 16
 stem_stride: 2
-methods: [baseline, depth, width, resolution, compound]
+methods: [baseline, depth, width, resolution, compound, compound_searched]
 seeds: [0]
+search: {step: 0.4, train: {epochs: 1}}
 train: {epochs: 2, batch_size: 20, optimizer: sgd, lr: 0.05, norm_momentum: 0.1, flip: false}
 """
     )
@@ -73,8 +74,9 @@ def test_the_study_executes_every_notebook(executed):
     done, folder, _ = executed
     assert done.returncode == 0, done.stdout + done.stderr
     expected = [f"02_single_axis_scaling_{axis}_seed0" for axis in ("depth", "resolution", "width")]
-    expected = ["00_architecture", "01_baseline_b0_baseline_seed0", *expected, "04_compound_scaling_compound_seed0"]
-    assert sorted(path.stem for path in (folder / "notebooks").iterdir()) == [*expected, "05_analysis"]
+    expected = ["00_architecture", "01_baseline_b0_baseline_seed0", *expected, "03_coefficient_search"]
+    expected += ["04_compound_scaling_compound_searched_seed0", "04_compound_scaling_compound_seed0", "05_analysis"]
+    assert sorted(path.stem for path in (folder / "notebooks").iterdir()) == expected
     for path in (folder / "notebooks").iterdir():
         assert not any(
             output.output_type == "error" for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])
@@ -85,24 +87,34 @@ def test_the_study_executes_every_notebook(executed):
 def test_the_study_prints_a_line_per_epoch_and_a_closing_table(executed):
     done, _, _ = executed
     lines = [line for line in done.stdout.splitlines() if "  epoch " in line]
-    assert len(lines) == 5 * 2
+    assert len(lines) == 6 * 2 + 3  # and one of each candidate of the search
     (first,) = [line for line in lines if line.startswith("baseline") and "1/2" in line]
     assert all(word in first for word in ("seed 0", "loss", "top-1", "images/s", "left"))
-    assert done.stdout.count("finished") >= 5 and "pipeline check, not evidence" in done.stdout
+    assert done.stdout.count("finished") >= 6 and "pipeline check, not evidence" in done.stdout
 
 
 def test_the_analysis_writes_tables_figures_verdict_and_a_page(executed):
     _, folder, _ = executed
     table = pd.read_csv(folder / "tables" / "table7.csv")
-    assert table["method"].tolist() == ["baseline", "depth", "width", "resolution", "compound"]
-    assert table["paper_top1"].tolist() == [77.3, 79.0, 78.9, 79.1, 81.1]
+    assert table["method"].tolist() == [*TABLE7, "compound_searched"]
+    assert table["paper_top1"].tolist()[:5] == [77.3, 79.0, 78.9, 79.1, 81.1]
     assert (table["purpose"] == "check").all() and (table["n"] == 1).all()
     for row in table.itertuples():
         directory = next((folder / "runs").glob(f"{row.method}_*"))
         record = json.loads((directory / "run.json").read_text())
         assert (row.params, row.flops) == (record["cost"]["params"], record["cost"]["flops"])
         assert row.top1 == pytest.approx(100 * np.load(directory / "test_correct.npy").mean())
-    for figure in ("figure8", "learning_curves", "cost_speed", "flops_mismatch", "b0_stages"):
+    figures = ["figure8", "learning_curves", "cost_speed", "flops_mismatch", "b0_stages", "b0", "mbconv", "growth"]
+    figures += [
+        "squeeze_excitation",
+        "stochastic_depth",
+        "five_networks",
+        "search",
+        "figure7",
+        "per_class",
+        "calibration",
+    ]
+    for figure in figures:
         for suffix in ("svg", "pdf", "png"):
             assert (folder / "figures" / f"{figure}.{suffix}").stat().st_size > 5000
     verdict = json.loads((folder / "tables" / "verdict.json").read_text())
@@ -134,6 +146,27 @@ def test_the_analysis_decides_by_the_rule_from_three_seeds(profile_file, tmp_pat
     assert "exploratory" in (tmp_path / "tiny" / "README.md").read_text()
 
 
+def test_searched_coefficients_are_trained_at_the_cost_of_compound(executed):
+    _, folder, _ = executed
+    found = json.loads((folder / "coefficients.json").read_text())
+    assert found["candidates"] == 3 and found["finished"] == 3
+    (record,) = (json.loads(path.read_text()) for path in folder.glob("runs/compound_searched_*/run.json"))
+    scaling, phi = record["coefficients"], set()
+    for name, axis in (("alpha", "depth"), ("beta", "width"), ("gamma", "resolution")):
+        if found[name] > 1:
+            phi.add(round(np.log(scaling[axis]) / np.log(found[name]), 6))
+    assert len(phi) == 1
+
+
+def test_a_notebook_with_sliders_does_without_them(tmp_path, monkeypatch):
+    """00 where ipywidgets is not installed: its pictures are static."""
+    (tmp_path / "ipywidgets.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    study.run_notebook("00_architecture", tmp_path / "00.ipynb", {"results": str(tmp_path)})
+    last = nbformat.read(tmp_path / "00.ipynb", 4).cells[-2:]
+    assert any("image/png" in output.get("data", {}) for cell in last for output in cell.outputs)
+
+
 def test_the_architecture_notebook_finds_the_mismatch_of_table_7(executed):
     _, folder, _ = executed
     costs = pd.read_csv(folder / "tables" / "table7_cost.csv").set_index("method")
@@ -149,7 +182,7 @@ def test_a_second_study_trains_nothing_and_says_who_ran_the_first(executed):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
     done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "  epoch " not in done.stdout
-    assert "5 runs are finished: made here, not committed" in done.stdout and "--results DIR" in done.stdout
+    assert "6 runs are finished: made here, not committed" in done.stdout and "--results DIR" in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -302,3 +335,14 @@ def test_a_contender_that_fails_is_named():
         Contender("tim")
     with pytest.raises(RuntimeError, match="benchmark of wrong: .*batch_size"):
         measure({"wrong": Contender(resolution=32, batch_size=1)}, "cpu", rounds=1)
+
+
+def test_the_models_are_counted_and_timed(tmp_path):
+    parameters = {"networks": ["b0", "densenet201"], "seconds": 0.05, "results": str(tmp_path), "device": "cpu"}
+    study.run_notebook("07_models", tmp_path / "07.ipynb", parameters)
+    folder = study.throughput_folder(torch.device("cpu"), tmp_path)
+    models = pd.read_csv(folder / "models.csv").set_index("network")
+    assert models["params"].to_dict() == {"b0": 5_288_548, "densenet201": 20_013_928}
+    assert models["published_top1"]["b0"] == 77.692
+    assert (models[["inference_ms", "training_ms_per_image"]] > 0).all().all()
+    assert (folder / "figures" / "models.svg").exists()

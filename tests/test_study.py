@@ -353,6 +353,15 @@ def test_cost_prints_the_exact_integers(capsys):
     assert "5,288,548" in out and "385,814,752" in out and "1,800,091,280" in out
 
 
+def test_cost_by_stage_adds_up_to_the_whole(capsys):
+    assert study.main(["cost", "b0", "densenet201", "--by-stage"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    for network, total in (("b0", "5,288,548"), ("densenet201", "20,013,928")):
+        params = [row[-3] for row in rows if row[0] == network]
+        assert params[-1] == total and rows[0][-4:-3] == ["stem"]
+        assert sum(int(p.replace(",", "")) for p in params[:-1]) == int(total.replace(",", ""))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
