@@ -612,13 +612,14 @@ def plan_model(
         profile = load_profile(dataset)
     else:
         check_settings(dataset)
-        size = SIZES.get(dataset) or pixels or 64
+        # A folder's images are stored as large as the network wants them: weights of ImageNet are used to 224 px
+        base = SIZES.get(dataset) or pixels or (224 if (changes or {}).get("pretrained") else 64)
+        size = SIZES.get(dataset) or pixels or round_resolution(VARIANTS.get(model, Scaling()).resolution, base)
         data = {"name": dataset, "size": size, "classes": class_count(dataset)}
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", dataset.rstrip("/").rpartition("/")[2].removeprefix("folder:"))
-        about = {"title": name, "purpose": "exploratory", "methods": (), "seeds": (seed,)}
-        profile = Profile(
-            name, data=data, base_resolution=size, stem_stride=2 - (size <= 64), train=PLAIN_RECIPE, **about
-        )
+        name = Path(dataset.partition(":")[2] or dataset).expanduser().absolute().name
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+        about = {"title": name, "purpose": "exploratory", "methods": (), "seeds": (seed,), "train": PLAIN_RECIPE}
+        profile = Profile(name, data=data, base_resolution=base, stem_stride=1 if base <= 64 else 2, **about)
     profile = dataclasses.replace(profile, train={**profile.train, **(changes or {})})
     run = ModelRun(profile, model, seed, Path(results or RESULTS).absolute(), pixels)
     run.config  # noqa: B018 - refuses what cannot be

@@ -164,7 +164,8 @@ def test_a_notebook_with_sliders_does_without_them(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     study.run_notebook("00_architecture", tmp_path / "00.ipynb", {"results": str(tmp_path)})
     last = nbformat.read(tmp_path / "00.ipynb", 4).cells[-2:]
-    assert any("image/png" in output.get("data", {}) for cell in last for output in cell.outputs)
+    assert any("image/png" in output.get("data", {}) for output in last[0].outputs)
+    assert "Without ipywidgets" in str(last[1].outputs)
 
 
 def test_the_architecture_notebook_finds_the_mismatch_of_table_7(executed):

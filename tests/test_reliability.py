@@ -540,7 +540,7 @@ def test_any_profile_is_valid_or_refused_by_name(values):
     else:
         assert isinstance(profile.num_classes, int)
         for seed in profile.seeds:
-            assert isinstance(profile.config(profile.methods[0], seed), TrainConfig)
+            assert isinstance(effnet_runs.Run(profile, profile.methods[0], seed).config, TrainConfig)
 
 
 @examples(**GENTLE, max_examples=200)

@@ -22,9 +22,9 @@ from effnet_lib import TABLE7
 @pytest.mark.parametrize("name", study.profile_names())
 def test_the_profiles_that_ship_are_valid(name):
     profile = study.load_profile(name)
-    for method in profile.methods[:5]:
-        assert profile.config(method, profile.seeds[0]).resolution >= profile.base_resolution
-    recipes = {tuple(sorted(profile.config(m, 0).model_options().items())) for m in profile.methods[:5]}
+    runs = study.plan_runs(profile, methods=profile.methods[:5], seeds=profile.seeds[:1])
+    assert all(run.config.resolution >= profile.base_resolution for run in runs)
+    recipes = {tuple(sorted(run.config.model_options().items())) for run in runs}
     assert len(recipes) == 1  # the same regularisation for every method
 
 
