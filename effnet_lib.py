@@ -74,10 +74,12 @@ from effnet_model import (  # noqa: F401 - most of them only passed on
     imagenet_weights,
     load_torchvision_weights,
     match_flops,
+    published_weights,
     round_filters,
     round_repeats,
     round_resolution,
     scaled_cost,
+    set_torchvision_eps,
     unknown_name,
 )
 from effnet_records import (  # noqa: F401 - some of them only passed on

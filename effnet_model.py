@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import get_model, get_model_weights
+from torchvision.models import WeightsEnum, get_model, get_model_weights
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
@@ -566,10 +566,17 @@ def _rest(part: nn.Module, inputs: tuple) -> None:
         part.eval()
 
 
+def published_weights(name: str) -> WeightsEnum:
+    """torchvision's ImageNet weights of b0 to b7 or a neighbour: address, preparation of images, published accuracy."""
+    if name not in VARIANTS and name not in NEIGHBOURS:
+        raise unknown_name("model", name, [*VARIANTS, *NEIGHBOURS])
+    return get_model_weights(f"efficientnet_{name}" if name in VARIANTS else name).DEFAULT
+
+
 def imagenet_weights(name: str) -> Path:
     """torchvision's ImageNet weights of a network as a file in torch's cache ($TORCH_HOME/hub/checkpoints), fetched if
     they are not there. Their checksum is verified every time. FileNotFoundError says what to do without a network."""
-    weights = get_model_weights(f"efficientnet_{name}" if name in VARIANTS else name).DEFAULT
+    weights = published_weights(name)
     path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
     expected = path.stem.rpartition("-")[2]  # the name ends in the first digits of its sha256
     if not path.exists():
@@ -622,13 +629,18 @@ def load_torchvision_weights(
             expected, got = tuple(ours[key].shape), tuple(theirs[key].shape)
             hint = f"; {_FINE_TUNE}" if key.startswith("classifier.") else ""
             raise ValueError(f"weights do not fit: {key} has shape {got}, the model needs {expected}{hint}")
+    model.load_state_dict(theirs)
+    return set_torchvision_eps(model, norm_eps)
+
+
+def set_torchvision_eps(model: EfficientNet, norm_eps: float | None = None) -> EfficientNet:
+    """Give batch norm the eps that torchvision's weights were trained with, which no state dict carries."""
     if norm_eps is None:
         large = [(VARIANTS[name].depth, VARIANTS[name].width) for name in ("b5", "b6", "b7")]
         norm_eps = 1e-3 if (model.scaling.depth, model.scaling.width) in large else 1e-5
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = norm_eps
-    model.load_state_dict(theirs)
     return model
 
 

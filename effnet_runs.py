@@ -130,9 +130,16 @@ class Search:
                 raise ValueError(f"{name}: expected a number, got {value!r}")
         if not self.max_flops >= 1:
             raise ValueError(f"max_flops: expected a multiple of the baseline's of at least 1, got {self.max_flops!r}")
-        if isinstance(self.halving, bool) or not isinstance(self.halving, int) or self.halving in (1, *range(-9, 0)):
+        if not math.isfinite(self.high):
+            raise ValueError(f"high: expected a finite number, got {self.high!r}")
+        halving = self.halving
+        if isinstance(halving, bool) or not isinstance(halving, int) or halving < 0 or halving == 1:
             raise ValueError(f"halving: expected 0, or a factor of at least 2, got {self.halving!r}")
-        if not isinstance(self.seeds, list | tuple) or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+        if (
+            not isinstance(self.seeds, list | tuple)
+            or not self.seeds
+            or len(set(map(str, self.seeds))) < len(self.seeds)
+        ):
             raise ValueError(f"seeds: expected a list without repetitions, got {self.seeds!r}")
         if not isinstance(self.train, Mapping):
             raise ValueError(f"train: expected settings of the recipe, got {self.train!r}")
@@ -177,7 +184,7 @@ class Profile:
         """The method's coefficients (d, w, r).
 
         The paper's; for NAME_matched those that cost as much as compound; for compound_searched those of the searched
-        alpha, beta and gamma at which it costs as much as compound; and both at any phi as NAME_phi2.5.
+        alpha, beta and gamma at the phi whose FLOPs come nearest to compound's; and both at any phi as NAME_phi2.5.
         """
         name, match = family(method), PHI.fullmatch(method)
         compound = compound_scaling(float(match[2])) if match else TABLE7["compound"]
@@ -288,7 +295,9 @@ def _checked_search(values: dict, train: dict) -> Search:
         if key in search.train:
             raise ValueError(f"train: {key} follows from candidate and seeds; remove it")
     for seed in search.seeds:
-        TrainConfig.from_dict({**train, **search.train, "seed": seed})
+        config = TrainConfig.from_dict({**train, **search.train, "seed": seed})
+    if config.pretrained:
+        raise ValueError("train: most candidates have no pretrained weights; set pretrained: false for the search")
     return dataclasses.replace(search, seeds=tuple(search.seeds))
 
 
@@ -313,8 +322,8 @@ class Run:
         """FileNotFoundError if its coefficients have not been searched for."""
         if self.waiting:
             raise FileNotFoundError(
-                f"{self.folder / COEFFICIENTS} of this profile's search is not there; search for {self.method}'s "
-                f"coefficients first: effnet search {self.profile.name}"
+                f"{self.folder / COEFFICIENTS} is not there, or of another search than this profile's; search for "
+                f"{self.method}'s coefficients first: effnet search {self.profile.name}"
             )
         return self.profile.scaling(self.method, searched_coefficients(self.profile, self.folder))
 
@@ -390,7 +399,7 @@ class Run:
         alone = not torch.distributed.is_torchelastic_launched()
         processes, record = self._processes(device), read_record(self.directory)
         if processes > 1 and each_epoch is not None:
-            raise ValueError("devices: candidates are compared in one process each; search with devices: 1")
+            raise ValueError(f"each_epoch: works with devices: 1 only, got {processes}")
         if record is not None and (differences := self.differences(record)):
             raise Mismatch(
                 f"{self.directory / 'run.json'} was made with {'; '.join(differences)}; delete {self.directory} to run "
@@ -416,8 +425,19 @@ class Run:
             print(f"{self.directory.name} {ending(record)}: once more, with LR {self.config.lr:.3g}", flush=True)
             return self.train(data, device, each_epoch)
         if record["status"] not in ("finished", "pruned"):
-            raise RuntimeError(f"{self.directory.name} {ending(record)}; run again with: effnet study --retry")
+            raise RuntimeError(f"{self.directory.name} {ending(record)}; {self.again}")
         return record
+
+    @property
+    def again(self) -> str:
+        """How it is run again after it failed or diverged."""
+        return "run again with: effnet study --retry"
+
+    def set_aside(self) -> None:
+        """Make room for another attempt; the record of the last stays as run.earlier.json."""
+        (self.directory / "run.json").replace(self.directory / "run.earlier.json")
+        for checkpoint in CHECKPOINTS:
+            (self.directory / checkpoint).unlink(missing_ok=True)
 
     def _processes(self, device: str | None) -> int:
         """The profile's devices, counted. ValueError if this machine has fewer GPUs."""
@@ -467,7 +487,8 @@ class Candidate(Run):
 
     @property
     def name(self) -> str:
-        return "a{:.2f}_b{:.2f}_g{:.2f}".format(*self.coefficients)
+        a, b, g = (f"{c:.2f}" if round(c, 2) == c else f"{c:g}" for c in self.coefficients)
+        return f"a{a}_b{b}_g{g}"
 
     @property
     def directory(self) -> Path:
@@ -476,6 +497,8 @@ class Candidate(Run):
     @property
     def about(self) -> dict:
         return super().about | {"method": self.name, "scored": "minival"}
+
+    again = "run again with: effnet search --retry"
 
     def train(self, data: ImageData, *arguments, **options) -> dict:
         return super().train(_without_test(data), *arguments, **options)
@@ -491,7 +514,9 @@ def plan_search(profile: Profile, results: str | Path | None = None) -> tuple[pd
     search = profile.search
     if search is None:
         raise ValueError(f"profile {profile.name} has no search; add search: {{step: 0.1}} to it")
-    study = dataclasses.replace(profile, train={**profile.train, **search.train})
+    # Each in one process and once, for what it is judged by is the scores of one attempt
+    once = {"train": {**profile.train, **search.train}, "devices": 1, "retry_lr": None}
+    study = dataclasses.replace(profile, **once)
     baseline, results = profile.cost(Scaling()), Path(results or RESULTS).absolute()
     rows, networks = [], {}
     for coefficients in dict.fromkeys([(1.2, 1.1, 1.15), *coefficient_grid(search.step, search.low, search.high)]):
@@ -537,20 +562,31 @@ def searched_coefficients(profile: Profile, folder: Path) -> tuple[float, float,
         compound_scaling(1, *coefficients)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); delete it, then: effnet search {profile.name}") from None
-    return coefficients if found.get("search") == profile.search.settings() else None
+    return coefficients if found.get("made_by") == made_by(profile) else None
+
+
+def made_by(profile: Profile) -> dict:
+    """All of a profile that its search's outcome depends on, as coefficients.json keeps it."""
+    data = {key: value for key, value in profile.data.items() if key != "title"}
+    network = {"base_resolution": profile.base_resolution, "stem_stride": profile.stem_stride}
+    return {"search": profile.search.settings(), "recipe": dict(profile.train), "data": data, **network}
 
 
 def describe_search(found: Mapping) -> str:
     """What coefficients.json says, in words."""
     words = "alpha {alpha:g}, beta {beta:g}, gamma {gamma:g}, with {minival_top1:.2f} % of minival, did best of "
+    words += "{candidates} candidates. "
     if found["finished"] == 1:
-        words += "{candidates} candidates. All others were pruned by early scores, so how sure that is cannot be said."
+        words += "No other was trained to its end, so how sure that is cannot be said."
     else:
         words += (
-            "{candidates} candidates. It is the best in {best_in_percent_of_draws:.0f} % of the draws of images and "
+            "It is the best in {best_in_percent_of_draws:.0f} % of the draws of {drawn}; of the {others} others that "
         )
-        words += "seeds; of the {others} others that were trained to the end {equal} cannot be told from it."
-    return words.format(others=found["finished"] - 1, equal=len(found["not_told_apart"]), **found)
+        words += "were trained to the end {equal} cannot be told from it."
+    if found["pruned"]:
+        words += " {pruned} were pruned by their early scores."
+    drawn = "images and seeds" if found["seeds"] > 1 else "images, with one seed"
+    return words.format(drawn=drawn, others=found["finished"] - 1, equal=len(found["not_told_apart"]), **found)
 
 
 @dataclass(frozen=True)
@@ -563,6 +599,7 @@ class ModelRun(Run):
 
     pixels: int | None = None  # default: the profile's, scaled as the variant is
     waiting = False
+    again = "to run it again, delete its folder"
 
     @cached_property
     def scaling(self) -> Scaling:
@@ -620,7 +657,10 @@ def plan_model(
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
         about = {"title": name, "purpose": "exploratory", "methods": (), "seeds": (seed,), "train": PLAIN_RECIPE}
         profile = Profile(name, data=data, base_resolution=base, stem_stride=1 if base <= 64 else 2, **about)
-    profile = dataclasses.replace(profile, train={**profile.train, **(changes or {})})
+    for key, option in (("resolution", "--resolution"), ("seed", "--seed")):
+        if key in (changes or {}):
+            raise ValueError(f"{key} is no setting of the recipe; give it by {option}")
+    profile = dataclasses.replace(profile, train={**profile.train, **(changes or {})}, retry_lr=None)
     run = ModelRun(profile, model, seed, Path(results or RESULTS).absolute(), pixels)
     run.config  # noqa: B018 - refuses what cannot be
     return run
@@ -744,7 +784,7 @@ def load_runs(profile: str | Path | Profile, results: str | Path | None = None) 
     for run in plan_runs(profile, results):
         row = {"method": run.method, "seed": run.seed, "status": run.state()}
         if row["status"] == "waiting":
-            rows.append(row)
+            rows.append(row | dict.fromkeys(("directory", "d", "w", "r", "resolution")))
             continue
         row |= {"directory": run.directory}
         row |= {"d": run.scaling.depth, "w": run.scaling.width, "r": run.scaling.resolution}

@@ -32,7 +32,6 @@ from scipy import stats
 
 from effnet_data import NAMES, DamagedImages, data_root, describe_data, inspect_data, load_data, sample_grid
 from effnet_lib import (
-    CHECKPOINTS,
     NEIGHBOURS,
     TABLE7,
     VARIANTS,
@@ -72,6 +71,7 @@ from effnet_runs import (  # noqa: F401 - some of them only passed on
     load_pilots,
     load_profile,
     load_runs,
+    made_by,
     pilot,
     plan_model,
     plan_runs,
@@ -333,9 +333,7 @@ def study(
     folder = runs[0].folder
     for run in runs:
         if retry and run.state() in ("failed", "diverged"):
-            (run.directory / "run.json").replace(run.directory / "run.earlier.json")
-            for checkpoint in CHECKPOINTS:
-                (run.directory / checkpoint).unlink(missing_ok=True)
+            run.set_aside()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):  # can it be written to at all?
         pass
@@ -348,7 +346,9 @@ def study(
     waiting = [run for run in todo if run.state() == "waiting"]
     ready, kernels = [run for run in todo if run not in waiting], {"device": device, "threads": threads}
     _execute_runs(name, ready, place, jobs, **kernels)
-    if waiting and search(name, results, **kernels):
+    searched = folder / "notebooks" / "03_coefficient_search.ipynb"
+    lost = (folder / COEFFICIENTS).exists() and (folder / "search").exists() and not searched.exists()
+    if (waiting or (lost and profile.search)) and search(name, results, **kernels, retry=retry):
         _execute_runs(name, waiting, place, jobs, **kernels)
     finished = [run for run in runs if run.state() == "finished"]
     done = True
@@ -386,11 +386,22 @@ def _named(name: str | Path) -> str:
 
 
 def search(
-    name: str | Path, results: str | Path | None = None, *, device: str | None = None, threads: int | None = None
+    name: str | Path,
+    results: str | Path | None = None,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    retry: bool = False,
 ) -> bool:
-    """Execute 03_coefficient_search for a profile, which writes its coefficients.json. False if that failed."""
+    """Execute 03_coefficient_search for a profile, which writes its coefficients.json. False if that failed.
+
+    retry: train failed and diverged candidates again (their records are kept as run.earlier.json).
+    """
     profile, place = load_profile(name), {} if results is None else {"results": str(Path(results).absolute())}
     _, candidates = plan_search(profile, results)
+    for candidate in (dataclasses.replace(c, seed=seed) for c in candidates for seed in profile.search.seeds):
+        if retry and candidate.state() in ("failed", "diverged"):
+            candidate.set_aside()
     output = candidates[0].folder / "notebooks" / "03_coefficient_search.ipynb"
     parameters = {"profile": _named(name), "device": device, **place}
     about = f"coefficient search: {len(candidates)} candidates"
@@ -549,7 +560,7 @@ def plan(
 def print_plan(table: pd.DataFrame, jobs: int) -> None:
     """`plan` for people, with the total."""
     if table.empty:
-        print("Nothing is to do: all runs have ended.")
+        print("Nothing is to do: all runs that can start have ended.")
         return
     shown = table.assign(
         flops=(table["flops"] / 1e9).map("{:.4f}".format),
@@ -714,9 +725,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub.add_argument("--threads", type=int, help="CPU threads of each (default: the cores, shared)")
     budget = f"such as 9m: stop in time, with checkpoints and exit status {TRY_AGAIN}; the same command continues"
     sub.add_argument("--time-budget", type=_duration, metavar="TIME", help=budget)
-    command(
-        "status", "list a profile's runs: finished, running, interrupted, failed, diverged, stale, damaged, missing"
-    )
+    states = "finished, running, interrupted, failed, diverged, stale, damaged, missing, waiting for a search"
+    command("status", f"list a profile's runs: {states}")
     sub = command("plan", "list the runs that are to do, with their cost and the time they will take on this device")
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     sub.add_argument("--jobs", type=int, help="notebooks at a time (default: as effnet study)")
@@ -725,10 +735,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub = command("search", "search for alpha, beta and gamma on the profile's baseline, by its minival score")
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     sub.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    sub.add_argument("--retry", action="store_true", help="train failed and diverged candidates again")
     sub.add_argument("--time-budget", type=_duration, metavar="TIME", help=budget)
     sub = command("bench", "time training steps of ours and of others' B0 side by side on this device", profile=False)
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    sub.add_argument("--rounds", type=int, default=15, help="rounds of measurements (default: 15)")
+    sub.add_argument("--rounds", type=int, default=15, help="rounds of measurements of 06 (default: 15)")
     sub.add_argument("--models", action="store_true", help="instead: b0 to b7 and neighbours, cost and speed")
     sub.add_argument("--results", metavar="DIR", help="where results go, instead of results/")
     text = "train one method and seed of a profile, or a network by its name on a data set, without a notebook"
@@ -785,7 +796,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub.add_argument("--root", metavar="DIR", help="holds imagenet/val/ (default: $EFFNET_DATA, else ./data)")
     sub.add_argument("--images", type=int, help="only so many, drawn at random (default: all 50,000)")
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    args = parser.parse_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    if args.command == "train":  # argparse takes words only where they stand together
+        args.words += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
     # A scheduler's SIGTERM must reach the kernel as an interrupt; a background shell starts us with SIGINT ignored.
     signal.signal(signal.SIGTERM, _interrupt)
@@ -806,7 +822,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table = plan(args.profile, args.results, seconds=args.seconds, **chosen)
             print_plan(table, _shares(len(table), load_profile(args.profile), **chosen)[0])
         elif args.command == "search":
-            return 0 if search(args.profile, args.results, device=args.device, threads=args.threads) else 1
+            options = {name: getattr(args, name) for name in ("device", "threads", "retry")}
+            return 0 if search(args.profile, args.results, **options) else 1
         elif args.command == "bench":
             bench(args.results, device=args.device, rounds=args.rounds, models=args.models)
         elif args.command == "train":

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
-from torchvision.models import get_model_weights
 
 from effnet_augment import resize
 from effnet_data import data_root
@@ -23,11 +22,14 @@ from effnet_images import read_image, reason
 from effnet_lib import (
     NEIGHBOURS,
     VARIANTS,
+    EfficientNet,
     Scaling,
     TrainConfig,
     create_model,
     load_trained,
+    published_weights,
     read_record,
+    set_torchvision_eps,
     unknown_name,
 )
 from effnet_records import replace_file
@@ -75,6 +77,8 @@ def load_run(source: str | Path) -> tuple[nn.Module, dict]:
     config = replace(TrainConfig.from_dict(record["config"]), pretrained=False, freeze=False)
     scaling, classes = Scaling(**record["coefficients"]), record["dataset"]["classes"]
     model = network(scaling, classes, record["stem_stride"], config, record.get("model"))
+    if record["config"].get("pretrained") and isinstance(model, EfficientNet):
+        set_torchvision_eps(model)  # as its training began
     return load_trained(folder, model), record
 
 
@@ -100,7 +104,7 @@ def load_classifier(source: str | Path) -> Classifier:
 
 
 def _pretrained(name: str) -> Classifier:
-    weights = get_model_weights(f"efficientnet_{name}" if name in VARIANTS else name).DEFAULT
+    weights = published_weights(name)
     transform = weights.transforms()
     model = create_model(name, pretrained=True)
     mean, std = ([255 * value for value in values] for values in (transform.mean, transform.std))
@@ -201,7 +205,9 @@ def check_on_imagenet(
     root/imagenet/val/WNID/ holds them (root: as in load_data). images: only so many, drawn by a fixed seed. Returns
     top1 and top5 in percent, torchvision's published ones, and the number of images.
     """
-    weights = get_model_weights(f"efficientnet_{name}" if name in VARIANTS else name).DEFAULT
+    weights = published_weights(name)
+    if images is not None and images < 1:
+        raise ValueError(f"images: expected a whole number of at least 1, got {images!r}")
     folder = data_root(root) / "imagenet" / "val"
     if not folder.is_dir():
         raise FileNotFoundError(

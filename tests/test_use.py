@@ -7,7 +7,6 @@ import pickle
 import tarfile
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 import torchvision
@@ -20,7 +19,9 @@ import effnet_model
 import effnet_study as study
 import effnet_use
 from effnet_data import load_data
-from effnet_lib import NEIGHBOURS, create_model, evaluate, load_trained, read_record
+from effnet_lib import NEIGHBOURS, create_model, evaluate, read_record
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -e '.[export]'")
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,9 @@ def test_an_export_that_differs_is_not_kept(trained, tmp_path, monkeypatch):
         (["predict", "nowhere", "x.png"], "unknown network 'nowhere'"),
         (["export", ".", "--output", "x.onnx"], "expected the folder of a finished run"),
         (["evaluate", "b0", "--root", "nowhere"], "put ImageNet's validation images there"),
+        (["evaluate", "b0", "--images", "0"], "images: expected a whole number of at least 1, got 0"),
+        (["train", "quick", "b0", "resolution=64"], "resolution is no setting of the recipe; give it by --resolution"),
+        (["train", "--model", "b0", "--dataset", "quick", "seed=1"], "give it by --seed"),
     ],
 )
 def test_bad_words_are_answered_clearly(words, message, capsys):
@@ -141,6 +145,16 @@ def test_what_cannot_be_put_to_use_says_why(trained, profile_file, tmp_path, cap
     write_record(older, status="diverged", diverged={"epoch": 1, "step": 2, "lr": 0.1})
     with pytest.raises(ValueError, match="expected a finished run, this one is diverged"):
         study.load_run(older.directory / "run.json")
+
+
+def test_settings_may_stand_anywhere_among_the_words(profile_file, tmp_path):
+    path = profile_file(retry_lr=0.5)  # which is the study's alone
+    words = ["train", "epochs=2", "--dataset", str(path), "lr=0.03", "--model", "b0", "--seed", "1", "batch_size=20"]
+    assert study.main([*words, "--results", str(tmp_path)]) == 0
+    record = read_record(tmp_path / "tiny" / "models" / "b0_16px_seed1")
+    assert [record["config"][name] for name in ("epochs", "lr", "batch_size")] == [2, 0.03, 20]
+    with pytest.raises(SystemExit):
+        study.main([*words, "--lr", "0.1"])
 
 
 @pytest.mark.parametrize("name", NEIGHBOURS)
@@ -178,12 +192,16 @@ def test_fine_tuning_begins_with_the_published_weights(frozen, published_b0, tra
     assert np.allclose(
         record["dataset"]["mean"], [255 * m for m in (0.485, 0.456, 0.406)]
     )  # ImageNet's, not the folder's
-    model, theirs = load_trained(folder, create_model("b0", 2, stem_stride=1)), published_b0.features[0]
+    model, theirs = study.load_run(folder)[0], published_b0.features[0]
+    mean, std = (torch.tensor(record["dataset"][name]) for name in ("mean", "std"))
+    images = dataclasses.replace(load_data(data, size=16), mean=mean, std=std)
+    again = evaluate(model, images, "test", 16)  # batch norm's eps is not in the file of weights
+    assert again["loss"] == pytest.approx(record["test"]["loss"], rel=1e-5)
     same = [
         torch.equal(model.stem.conv.weight, theirs[0].weight),
         torch.equal(model.stem.norm.running_mean, theirs[1].running_mean),
     ]
-    assert same == [frozen, frozen] and not (model.classifier.weight == 0).all()
+    assert same == [frozen, frozen]
 
 
 def test_table_7s_networks_can_begin_with_the_weights_of_their_like(published_b0, profile_file, tmp_path):
