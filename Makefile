@@ -1,4 +1,5 @@
 # make study [PROFILE=quick]   the whole experiment      make test   lint and tests
+# make report                  figures, README tables, report/, poster/ from results/
 # make lab                     JupyterLab                make clean  remove what was made here (never results of other profiles)
 PROFILE ?= quick
 PYTHON ?= python3
@@ -11,6 +12,9 @@ test: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pytest
+
+report: .venv/ready
+	.venv/bin/python report/compose.py
 
 lab: .venv/ready
 	.venv/bin/jupyter lab --notebook-dir=. notebooks/00_architecture.ipynb
@@ -27,4 +31,4 @@ lab: .venv/ready
 clean:
 	rm -rf .venv results/quick *.egg-info build .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: study test lab clean
+.PHONY: study test report lab clean
