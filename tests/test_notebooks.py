@@ -119,6 +119,11 @@ def test_the_analysis_writes_tables_figures_verdict_and_a_page(executed):
             assert (folder / "figures" / f"{figure}.{suffix}").stat().st_size > 5000
     verdict = json.loads((folder / "tables" / "verdict.json").read_text())
     assert set(verdict["claims"].values()) == {"inconclusive"}  # one seed decides nothing
+    assert verdict["words"].keys() == verdict["claims"].keys() and all(verdict["words"].values())
+    mistakes = pd.read_csv(folder / "tables" / "mistakes.csv", index_col="mistake")
+    params = mistakes.loc["squeeze-and-excitation of expanded channels", ["here", "with the mistake"]]
+    assert params.tolist() == ["4,020,358", "7,155,658"]  # the second is that of a well-known reproduction
+    assert "one seed" not in mistakes.index  # there is no more than one
     page = (folder / "README.md").read_text()
     assert "pipeline check, not evidence" in page and f"{table['top1'][4]:.2f}" in page
 
@@ -132,8 +137,9 @@ def test_the_analysis_decides_by_the_rule_from_three_seeds(profile_file, tmp_pat
         score = top1[run.method] + 0.05 * (run.seed - 1)
         write_record(run, score, cost={"params": 1000, "flops": 2000 + int(score), "activations": 3000})
         np.save(run.directory / "test_correct.npy", rng.random(1000) < score / 100)
-        row = {"epoch": 1, "train_loss": 2.0, "minival_top1": score}
-        (run.directory / "history.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"epoch": 2}) + "\n")
+        first = {"epoch": 1, "train_loss": 2.0, "minival_top1": score + 1, "lr": run.config.lr}
+        last = first | {"epoch": 2, "minival_top1": score, "lr": 0.01 * run.config.lr}
+        (run.directory / "history.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(last) + "\n")
     study.run_notebook("05_analysis", tmp_path / "05.ipynb", {"profile": str(path), "results": str(tmp_path)})
     claims = json.loads((tmp_path / "tiny" / "tables" / "verdict.json").read_text())["claims"]
     assert list(claims.values()) == ["reproduced", "not reproduced", "reproduced"]
@@ -143,6 +149,10 @@ def test_the_analysis_decides_by_the_rule_from_three_seeds(profile_file, tmp_pat
     assert table["top1_low"]["compound"] == pytest.approx(77 - half, abs=1e-4)
     contrasts = pd.read_csv(tmp_path / "tiny" / "tables" / "contrasts.csv").set_index("contrast")
     assert contrasts["difference"]["compound - depth"] == pytest.approx(3)
+    mistakes = pd.read_csv(tmp_path / "tiny" / "tables" / "mistakes.csv").set_index("mistake")
+    assert mistakes["with the mistake"]["one seed"].startswith("-0.10 to +0.10")  # compound minus width_matched
+    assert mistakes["here"]["learning rate not annealed"] == "1.00000 %"
+    assert mistakes.loc["best epoch by the scored images"].tolist()[1:] == ["69.95 %", "70.95 %"]
     assert "exploratory" in (tmp_path / "tiny" / "README.md").read_text()
 
 
