@@ -79,6 +79,7 @@ from effnet_runs import (  # noqa: F401 - some of them only passed on
     profile_names,
     rerun,
     searched_coefficients,
+    text_color,
 )
 from effnet_speed import estimate_seconds
 from effnet_use import check_on_imagenet, export, load_classifier, load_run, predict  # noqa: F401 - passed on
@@ -354,8 +355,11 @@ def study(
     done = True
     if finished and (analysis or not analysed.exists()):
         executions = [
-            (f"{notebook}: executing", notebook, folder / "notebooks" / f"{notebook}.ipynb", {"profile": name, **place})
-            for notebook in ("00_architecture", "05_analysis")
+            (f"{notebook}: executing", notebook, folder / "notebooks" / f"{notebook}.ipynb", given | place)
+            for notebook, given in (
+                ("00_architecture", {"profile": name, "explorer": False}),
+                ("05_analysis", {"profile": name}),
+            )
         ]
         done = _execute(executions, *_shares(len(executions), profile, "cpu"))
     print_status(profile, results)

@@ -2,12 +2,14 @@
 
     python report/compose.py [STUDY ...] [--results DIR] [--output DIR] [--keep-figures]
 
-Without STUDY: all whose results are kept. With --output nothing of the repository is written but what lies under DIR.
+Without STUDY: all whose results are kept. Tables and figures are written under --results, the rest under --output.
 """
 
 import argparse
+import dataclasses
 import json
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,8 +24,7 @@ import typst
 import yaml
 
 import effnet_study as study
-from effnet_lib import replace_file
-from evidence import Study, find_studies, listed, outcome, spoken
+from evidence import Study, find_studies, listed, outcome, spoken, unknown_results
 from page import build_page
 
 ROOT = study.ROOT
@@ -31,16 +32,42 @@ FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # the figures' own: 
 BEGIN, END = "<!-- results: made by make report -->", "<!-- results: end -->"
 
 
-def make_figures(studies: Sequence[Study], results: Path) -> None:
-    """Tables, figures and README.md of every study that has a finished run, by 05_analysis; two at a time."""
+# ---- 1. Tables and figures -----------------------------------------------------------------------------------------
 
-    def analyse(one: Study) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            parameters = {"profile": one.name, "results": str(results)}
-            study.run_notebook("05_analysis", Path(folder) / "05_analysis.ipynb", parameters, threads=1)
 
+def make_figures(studies: Sequence[Study], results: Path) -> dict[str, str]:
+    """Tables, figures and README.md of every study that has a finished run, by 05_analysis, two at a time.
+    Returns, by the study's name, why that failed where it did."""
+
+    def analyse(one: Study) -> str | None:
+        executed = one.folder / "notebooks" / "05_analysis.ipynb"
+        new = executed.parent / "new" / executed.name
+        try:
+            study.run_notebook("05_analysis", new, {"profile": one.source, "results": str(results)}, threads=1)
+        except RuntimeError as error:
+            return str(error)
+        # The same cells and outputs need no new file, in which only the times would differ.
+        if executed.is_file() and _told(executed) == _told(new):
+            new.unlink()
+        else:
+            new.replace(executed)
+        shutil.rmtree(new.parent)
+        return None
+
+    chosen = [one for one in studies if not one.finished.empty]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(analyse, [one for one in studies if not one.finished.empty]))
+        failures = dict(zip([one.name for one in chosen], pool.map(analyse, chosen), strict=True))
+    return {name: why for name, why in failures.items() if why}
+
+
+def _told(path: Path) -> str:
+    """What a reader of an executed notebook sees. pandas gives styled tables a new id each time."""
+    cells = nbformat.read(path, as_version=4).cells
+    seen = [(cell.source, [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]) for cell in cells]
+    return re.sub(r"T_[0-9a-f]{5}", "T_", json.dumps(seen))
+
+
+# ---- 2. What the documents get -------------------------------------------------------------------------------------
 
 
 def alternative_texts() -> dict[str, str]:
@@ -62,42 +89,45 @@ def protocol(names: Sequence[str]) -> dict[str, str]:
         named = re.match(r"Study `(.+?)`", heading)
         if not named or named[1] in names:
             body = re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", body)  # such links lead nowhere from a PDF
-            sections[heading.replace("`", "")] = pypandoc.convert_text(
-                body, "typst", format="gfm", extra_args=["--wrap=none"]
-            )
+            options = {"format": "gfm", "extra_args": ["--wrap=none"]}
+            sections[heading.replace("`", "")] = pypandoc.convert_text(body, "typst", **options)
     return sections
+
+
+def describe(one: Study) -> dict:
+    """A study as lib.typ knows it: names, what is missing, files that can be read, and from its records the recipe."""
+    files = (
+        path.relative_to(one.folder).as_posix()
+        for kind in ("tables", "figures")
+        for path in one.folder.glob(f"{kind}/*")
+    )
+    told = {
+        "name": one.name,
+        "title": one.title,
+        "data": one.data,
+        "purpose": one.profile.purpose if one.profile else None,
+        "stamp": one.profile.stamp if one.profile else "unknown",
+        "missing": one.missing,
+        "files": sorted(filter(one.has, files)),
+        "record": None,
+        "search": None,
+    }
+    if not one.finished.empty:
+        record = study.read_record(one.finished["directory"].iloc[0])
+        told["record"] = {name: record[name] for name in ("dataset", "config", "data", "versions")}
+        told["record"]["commits"] = sorted({str(commit)[:10] for commit in one.finished["commit"]})
+        told["devices"] = sorted(one.finished["device"].unique())
+    if one.has(study.COEFFICIENTS):
+        best = json.loads((one.folder / study.COEFFICIENTS).read_text(encoding="utf-8"))
+        told["search"] = {
+            "words": study.describe_search(best),
+            **{k: best[k] for k in ("alpha", "beta", "gamma", "seeds")},
+        }
+    return told
 
 
 def gather(studies: Sequence[Study], results: Path) -> dict:
     """What lib.typ calls facts: studies and their files, the outcome, colours, alternative texts, the protocol."""
-    described = []
-    for one in studies:
-        files = sorted(
-            path.relative_to(one.folder).as_posix()
-            for kind in ("tables", "figures", "runs", ".")
-            for path in (one.folder / kind).glob("*")
-            if path.is_file()
-        )
-        record = {} if one.finished.empty else study.read_record(one.finished["directory"].iloc[0])
-        described.append(
-            {
-                "name": one.name,
-                "title": one.title,
-                "data": one.data,
-                "claim": one.claim,
-                "purpose": one.profile.purpose if one.profile else None,
-                "stamp": one.profile.stamp if one.profile else "unknown",
-                "files": files,
-                "missing": one.missing,
-                "dataset": record.get("dataset"),
-                "config": record.get("config"),
-                "versions": record.get("versions"),
-                "devices": [] if one.finished.empty else sorted(one.finished["device"].unique()),
-                "search": study.describe_search(json.loads((one.folder / study.COEFFICIENTS).read_text()))
-                if one.has(study.COEFFICIENTS)
-                else None,
-            }
-        )
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     repository = citation.get("repository-code")
     address, title = (
@@ -107,18 +137,22 @@ def gather(studies: Sequence[Study], results: Path) -> dict:
         {"name": path.name, "files": sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())}
         for path in sorted((results / "throughput").glob("*"))
     ]
+    methods = {*study.COLORS, *(method for one in studies if one.runs is not None for method in one.runs["method"])}
     return {
-        "studies": described,
+        "studies": [describe(one) for one in studies],
         "throughput": devices,
         "outcome": outcome(studies),
-        "colors": study.COLORS,
+        "colors": {method: study.color(method) for method in sorted(methods)},
         "alt": alternative_texts(),
         "protocol": protocol([one.name for one in studies]),
         "repository": repository,
         "link": {"address": address, "title": title},
         "margin": study.MARGIN,
-        "paper": {m: {"flops": f, "top1": t} for m, (f, t) in study.PAPER_TABLE7.items()},
+        "paper": {method: {"flops": flops, "top1": top1} for method, (flops, top1) in study.PAPER_TABLE7.items()},
     }
+
+
+# ---- 3. The documents ----------------------------------------------------------------------------------------------
 
 
 def compile_typst(
@@ -137,19 +171,19 @@ def compile_typst(
 
 def results_block(studies: Sequence[Study], found: Mapping) -> str:
     """What the README says of the outcome, in Markdown."""
-    one = next((one for one in studies if one.name == found["study"]), None)
     lines = [BEGIN, f"**{found['headline']}**", ""]
+    one = next((one for one in studies if one.name == found["study"]), None)
     if one:
         folder = f"results/{one.name}"
         lines += [
-            f"So far this is {one.profile.stamp}. All of it: [report](report/report.pdf), [poster](poster/poster.pdf),",
+            f"This is {one.profile.stamp}. All of it: [report](report/report.pdf), [poster](poster/poster.pdf),",
             f"the page [report/index.html](report/index.html) with every run, and [{folder}]({folder}/README.md).",
             "",
             *table7_in_markdown(one),
             "",
-            f"![{alternative_texts()['figure8']}]({folder}/figures/figure8.png)",
-            "",
         ]
+        if one.has("figures/figure8.png"):
+            lines += [f"![{alternative_texts()['figure8']}]({folder}/figures/figure8.png)", ""]
         lines += [f"Not there: {'; '.join(one.missing)}.", ""] if one.missing else []
     others = [
         f"[{other.title}](results/{other.name}/README.md) ({other.profile.stamp})"
@@ -194,44 +228,53 @@ def with_results(readme: str, block: str) -> str:
     return before + block + after
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="*", metavar="STUDY", help="names of profiles; all whose results are kept")
-    parser.add_argument("--results", type=Path, default=study.RESULTS, help="folder of results")
-    parser.add_argument("--output", type=Path, default=ROOT, help="where report/, poster/ and README.md are written")
-    parser.add_argument("--keep-figures", action="store_true", help="take tables and figures as they are")
-    chosen = parser.parse_args(arguments)
-    studies = find_studies(chosen.studies or None, chosen.results)
-    if not chosen.keep_figures:
-        make_figures(studies, chosen.results)
-        studies = find_studies(chosen.studies or None, chosen.results)
-    facts = gather(studies, chosen.results)
-    write(
-        chosen.output / "README.md",
-        with_results(
-            (ROOT / "README.md").read_text(encoding="utf-8"), results_block(studies, facts["outcome"])
-        ).encode(),
-    )
+def write_all(studies: Sequence[Study], results: Path, folder: Path) -> list[str]:
+    """README.md, report/ and poster/ of these studies under `folder`; returns a line on each document."""
+    facts = gather(studies, results)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (folder / "README.md").write_text(with_results(readme, results_block(studies, facts["outcome"])), encoding="utf-8")
+    lines = []
     for name in ("report", "poster"):
-        pdf, pages = compile_typst(ROOT / name / f"{name}.typ", facts, chosen.results)
+        pdf, pages = compile_typst(ROOT / name / f"{name}.typ", facts, results)
         if name == "poster" and pages != 1:
             raise RuntimeError(
                 f"poster/poster.typ: expected one page, got {pages}: something on it has become too long"
             )
-        write(chosen.output / name / f"{name}.pdf", pdf)
-        print(f"{name}/{name}.pdf: {pages} page{'s' * (pages > 1)}")
-    build_page(studies, facts["outcome"], chosen.output / "report", chosen.results)
-    print("report/index.html, README.md")
+        (folder / name).mkdir()
+        (folder / name / f"{name}.pdf").write_bytes(pdf)
+        lines.append(f"{name}/{name}.pdf: {pages} page{'s' * (pages > 1)}")
+    build_page(studies, facts["outcome"], folder / "report", results)
+    return [*lines, "report/index.html", "README.md"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status is 1 if the analysis of a study failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help="names or files of profiles")
+    parser.add_argument("--results", type=Path, default=study.RESULTS, help="folder of results")
+    parser.add_argument("--output", type=Path, default=ROOT, help="where README.md, report/ and poster/ are written")
+    parser.add_argument("--keep-figures", action="store_true", help="take tables and figures as they are")
+    chosen = parser.parse_args(arguments)
+    names = chosen.studies or None
+    failures = {} if chosen.keep_figures else make_figures(find_studies(names, chosen.results), chosen.results)
+    studies = [
+        dataclasses.replace(one, troubles=(f"an analysis of these runs: {failures[one.name]}",))
+        if one.name in failures
+        else one
+        for one in find_studies(names, chosen.results)
+    ]
+    with tempfile.TemporaryDirectory() as folder:  # all of it or nothing
+        lines = write_all(studies, chosen.results, Path(folder))
+        shutil.rmtree(chosen.output / "report" / "notebooks", ignore_errors=True)  # also those of studies that are gone
+        shutil.copytree(folder, chosen.output, dirs_exist_ok=True)
+    print("\n".join(lines))
     for one in studies:
         for gap in one.missing:
-            print(f"{one.name}: {gap}", file=sys.stderr)
-
-
-def write(path: Path, data: bytes) -> None:
-    """The file whole, or as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda file: file.write_bytes(data))
+            print(f"{one.name}, not there: {gap}", file=sys.stderr)
+    if names is None and (unknown := unknown_results(chosen.results)):
+        print(f"left out, name their profiles to tell of them: {', '.join(unknown)}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,7 +5,7 @@ is missing of each, and the outcome in words, which follows from results/NAME/ta
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,15 @@ import pandas as pd
 import effnet_study as study
 
 NOT_KEPT = ("quick",)  # profiles whose results are not committed: left out unless asked for
-CLAIMS = (  # that compound scaling wins; the first one that a study has decides its outcome
-    "compound scaling beats each single axis at equal FLOPs",
-    "compound scaling beats each single axis at the published coefficients",
-)
+ENOUGH = 5  # seeds that a claim needs, by the protocol
+CLAIMS = {  # that compound scaling wins, and in short; the first one that a study has decides its outcome
+    "compound scaling beats each single axis at equal FLOPs": "at equal FLOPs",
+    "compound scaling beats each single axis at the published coefficients": "at the published coefficients",
+}
+DECIDED = {  # verdict: how the headline begins, and the title's prefix as in ReScience C
+    "reproduced": ("Compound scaling wins", "[Re]"),
+    "not reproduced": ("Compound scaling does not win", "[¬Re]"),
+}
 EXPECTED = {  # what every finished study has: file to what it is
     "tables/table7.csv": "Table 7",
     "tables/contrasts.csv": "the differences between methods",
@@ -35,6 +40,8 @@ class Study:
     folder: Path
     profile: study.Profile | None = None  # None: there is no such profile
     runs: pd.DataFrame | None = None
+    troubles: tuple[str, ...] = ()  # what else is to be told as missing
+    source: str = ""  # name or file of the profile
 
     @cached_property
     def finished(self) -> pd.DataFrame:
@@ -49,9 +56,23 @@ class Study:
         """The data set's title, as the records of its runs have it."""
         return self.title if self.finished.empty else self.finished["data"].iloc[0]
 
+    @cached_property
+    def damaged(self) -> dict[str, str]:
+        """Tables and JSON files of the study that cannot be read, and why."""
+        found = {}
+        for path in sorted([*self.folder.glob("tables/*"), *self.folder.glob("*.json")]):
+            try:
+                if path.suffix == ".csv":
+                    pd.read_csv(path)
+                elif path.suffix == ".json":
+                    json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:  # pandas' and json's errors are such
+                found[path.relative_to(self.folder).as_posix()] = str(error).splitlines()[0]
+        return found
+
     def has(self, file: str) -> bool:
-        """Whether FOLDER/file is there: `study.has("tables/table7.csv")`."""
-        return (self.folder / file).is_file()
+        """Whether FOLDER/file is there and can be read: `study.has("tables/table7.csv")`."""
+        return (self.folder / file).is_file() and file not in self.damaged
 
     def table(self, name: str) -> pd.DataFrame | None:
         """tables/NAME.csv, or None if it is not there or has no rows."""
@@ -63,14 +84,31 @@ class Study:
     @cached_property
     def verdict(self) -> dict | None:
         """tables/verdict.json, or None."""
-        path = self.folder / "tables" / "verdict.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        file = "tables/verdict.json"
+        return json.loads((self.folder / file).read_text(encoding="utf-8")) if self.has(file) else None
 
     @property
     def claim(self) -> str | None:
         """The claim that decides the outcome, of those that the verdict speaks of."""
         claims = (self.verdict or {}).get("claims", {})
         return next((claim for claim in CLAIMS if claim in claims), None)
+
+    @cached_property
+    def differences(self) -> pd.DataFrame:
+        """The rows of contrasts.csv that decide `claim`; none if there is no claim, or the tables are of other runs."""
+        contrasts = self.table("contrasts")
+        if self.claim is None or contrasts is None or self.stale or self.finished.empty:
+            return pd.DataFrame()
+        return contrasts[contrasts["claim"] == self.claim]
+
+    @cached_property
+    def stale(self) -> bool:
+        """Whether Table 7 speaks of other runs than those that are finished."""
+        table = self.table("table7")
+        if table is None:
+            return False
+        counts = {} if self.finished.empty else self.finished["method"].value_counts().to_dict()
+        return dict(zip(table["method"], table["n"], strict=True)) != counts
 
     @property
     def notebooks(self) -> list[Path]:
@@ -83,23 +121,21 @@ class Study:
         """What a reader would expect and does not find, in words; the report prints it."""
         if self.profile is None:
             known = ", ".join(study.profile_names())
-            return [f"There is no profile {self.name}. Those there are: {known}"]
+            return [f"there is no profile {self.name}; those there are: {known}"]
         command = f"make study PROFILE={self.name}"
         if self.finished.empty:
-            return [f"No run of {self.name} is finished. To run it: {command}"]
-        gaps = [
-            f"{what} ({file}) is not there. To make it: {command}"
-            for file, what in EXPECTED.items()
-            if not self.has(file)
-        ]
+            return [f"no run of {self.name} is finished; to run it: {command}"]
+        gaps = [f"{what} ({file}); to make it: {command}" for file, what in EXPECTED.items() if not self.has(file)]
+        gaps += [f"{file}, which is damaged: {why}" for file, why in self.damaged.items()]
+        gaps += ["tables of these very runs; to make them: make report"] if self.stale else []
         open_runs = self.runs[self.runs["status"] != "finished"]
         for method, group in open_runs.groupby("method", sort=False):
             seeds = f"seed{'s' * (len(group) > 1)} {listed(group['seed'].astype(str))}"
-            gaps.append(f"{spoken(method)}, {seeds}: {listed(dict.fromkeys(group['status']))}")
+            gaps.append(f"{spoken(method)}, {seeds} ({listed(dict.fromkeys(group['status']))})")
         single = [m for m, group in self.finished.groupby("method", sort=False) if len(group) < 2]
         if single:
-            gaps.append(f"One seed alone, so no interval: {listed(map(spoken, single))}")
-        return gaps
+            gaps.append(f"an interval, for want of a second seed: {listed(map(spoken, single))}")
+        return [*gaps, *self.troubles]
 
 
 def spoken(method: str) -> str:
@@ -107,7 +143,7 @@ def spoken(method: str) -> str:
     return method.replace("_", " ")
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """a; a and b; a, b and c."""
     names = list(names)
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
@@ -115,57 +151,56 @@ def listed(names: Sequence[str]) -> str:
 
 def find_studies(names: Sequence[str] | None = None, results: Path = study.RESULTS) -> list[Study]:
     """Studies under results/, the strongest evidence first, then those with more finished runs. `names`: these alone,
-    also if nothing is there of them."""
+    also if nothing is there of them; the path of a profile will do as its name."""
     known = study.profile_names()
     if names is None:
         names = [name for name in known if name not in NOT_KEPT and (results / name / "runs").is_dir()]
     found = []
     for name in names:
-        profile = study.load_profile(name) if name in known else None
-        found.append(Study(name, results / name, profile, study.load_runs(profile, results) if profile else None))
+        profile = study.load_profile(name) if name in known or Path(name).is_file() else None
+        folder = results / (profile.name if profile else name)
+        runs = study.load_runs(profile, results) if profile else None
+        found.append(Study(folder.name, folder, profile, runs, source=str(name)))
     strength = list(study.PURPOSES)
     return sorted(found, key=lambda s: (-(strength.index(s.profile.purpose) if s.profile else -1), -len(s.finished)))
 
 
+def unknown_results(results: Path) -> list[str]:
+    """Folders with runs that no profile of the repository belongs to."""
+    return sorted({path.parent.name for path in results.glob("*/runs")} - set(study.profile_names()))
+
+
 def outcome(studies: Sequence[Study]) -> dict[str, str | None]:
-    """The outcome of the strongest study that has one, for title and poster.
+    """The outcome for title and poster, of the studies that decide it, else of the strongest that compares anything.
 
-    prefix: [Re], [¬Re] as in ReScience C, or [Re: undecided], which is all that anything below evidence can be;
-    headline: one sentence; study: name of the study that decides, or None; claim and verdict: its.
+    prefix: [Re] or [¬Re]; [Re: mixed] if studies disagree; [Re: undecided] as long as no study of evidence has five
+    seeds and a verdict. headline: a sentence or two; study: name of the one that is shown first, or None; verdict: its.
     """
-    for one in studies:
-        if one.claim and (contrasts := one.table("contrasts")) is not None:
-            verdict = one.verdict["claims"][one.claim]
-            rows = contrasts[contrasts["claim"] == one.claim]
-            counts = one.profile.purpose == "evidence" and verdict in DECIDED
-            lead, prefix = DECIDED[verdict] if counts else ("Undecided", "[Re: undecided]")
-            return {
-                "prefix": prefix,
-                "headline": f"{lead} on {one.data}: compound scaling {_sides(rows)}.",
-                "study": one.name,
-                "claim": one.claim,
-                "verdict": verdict,
-            }
-    headline = "No study has finished two networks that the claim compares, so there is nothing to decide yet."
-    return {"prefix": "[Re: undecided]", "headline": headline, "study": None, "claim": None, "verdict": None}
+    compared = [one for one in studies if not one.differences.empty]
+    deciding = [one for one in compared if _decides(one)]
+    first = next(iter(deciding or compared), None)
+    if first is None:
+        headline = "No study has finished two networks that the claim compares, so there is nothing to decide yet."
+        return {"prefix": "[Re: undecided]", "headline": headline, "study": None, "verdict": None}
+    prefixes = {DECIDED[one.verdict["claims"][one.claim]][1] for one in deciding}
+    prefix = prefixes.pop() if len(prefixes) == 1 else "[Re: mixed]" if prefixes else "[Re: undecided]"
+    headline = " ".join(map(_headline, deciding if prefix == "[Re: mixed]" else [first]))
+    verdict = first.verdict["claims"][first.claim]
+    return {"prefix": prefix, "headline": headline, "study": first.name, "verdict": verdict}
 
 
-DECIDED = {
-    "reproduced": ("Compound scaling wins", "[Re]"),
-    "not reproduced": ("Compound scaling does not win", "[¬Re]"),
-}
+def _decides(one: Study) -> bool:
+    enough = one.differences["n"].min() >= ENOUGH
+    return one.profile.purpose == "evidence" and enough and one.verdict["claims"][one.claim] in DECIDED
 
 
-def _sides(rows: pd.DataFrame) -> str:
-    """beats depth, and cannot be told from width and resolution."""
-    words = {
-        "reproduced": "beats",
-        "not reproduced": "does not beat",
-        "inconclusive": "cannot be told from",
-    }
-    others = rows["contrast"].str.split(" - ").str[1].map(spoken)
-    return ", and ".join(
-        f"{word} {listed(others[rows['verdict'] == verdict])}"
-        for verdict, word in words.items()
-        if (rows["verdict"] == verdict).any()
-    )
+def _headline(one: Study) -> str:
+    """Compound scaling wins on Images at equal FLOPs: it is 3.0 points above depth, 2.0 above width and ..."""
+    lead = DECIDED[one.verdict["claims"][one.claim]][0] if _decides(one) else "Undecided"
+    parts = []
+    for row in one.differences.itertuples():
+        unit = " points" if not parts else ""
+        side = "above" if row.difference > 0 else "below"
+        parts.append(f"{abs(row.difference):.1f}{unit} {side} {spoken(row.contrast.split(' - ')[1])}")
+    subject = "it" if lead != "Undecided" else "compound scaling"
+    return f"{lead} on {one.data} {CLAIMS[one.claim]}: {subject} is {listed(parts)}."

@@ -178,6 +178,13 @@ def test_a_notebook_with_sliders_does_without_them(tmp_path, monkeypatch):
     assert "Without ipywidgets" in str(last[1].outputs)
 
 
+def test_a_study_makes_no_widgets(executed):
+    """A client that answers no widget, as papermill's, waits for ever for its cell now and then."""
+    _, folder, _ = executed
+    book = nbformat.read(folder / "notebooks" / "00_architecture.ipynb", 4)
+    assert "widgets" not in book.metadata and "Without sliders" in str(book.cells[-1].outputs)
+
+
 def test_the_architecture_notebook_finds_the_mismatch_of_table_7(executed):
     _, folder, _ = executed
     costs = pd.read_csv(folder / "tables" / "table7_cost.csv").set_index("method")

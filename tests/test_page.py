@@ -161,8 +161,8 @@ def test_what_there_is_none_of_is_named(tmp_path):
     page = build(tmp_path / "out", ["no-such-profile", "quick"], tmp_path)
     assert not specifications(page) and not page.select(".chart")
     text = words(page)
-    assert "There is no profile no-such-profile" in text and "No run of quick is finished" in text
-    assert "Table 7 (tables/table7.csv) is not there" in text and "[Re: undecided]" in text
+    assert "there is no profile no-such-profile" in text and "no run of quick is finished" in text
+    assert "nothing to decide yet" in text and "[Re: undecided]" in text
     assert "there is no study yet" in words(build(tmp_path / "empty", [], tmp_path))
 
 
@@ -174,9 +174,9 @@ def test_missing_tables_histories_and_seeds_are_named(tmp_path):
     page = build(tmp_path / "out", [name], tmp_path)
     assert f"{name}-contrasts" not in specifications(page) and f"{name}-figure8" in specifications(page)
     text = words(page)
-    assert "Table 7 (tables/table7.csv) is not there" in text and "There is no verdict" in text
+    assert "Table 7 (tables/table7.csv); to make it: make study" in text and "There is no verdict" in text
     assert f"history.jsonl of {histories[0].parent.name} is not there" in text
-    assert "One seed alone, so no interval: baseline" in text and "no notebook of it has been executed" in text
+    assert "an interval, for want of a second seed: baseline" in text and "no notebook of it has been executed" in text
 
 
 # ---- in a browser --------------------------------------------------------------------------------------------------
