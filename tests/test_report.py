@@ -81,6 +81,11 @@ def test_committed_tables_are_those_that_the_records_give(tmp_path):
     new, old = (json.loads((f / name / "tables" / "verdict.json").read_text()) for f in (tmp_path, study.RESULTS))
     assert new["claims"] == old["claims"] and new["words"] == old["words"]
     assert (tmp_path / name / "figures" / "figure8.pdf").is_file()
+    executed = tmp_path / name / "notebooks" / "05_analysis.ipynb"
+    assert executed.is_file() and not (executed.parent / "new").exists()
+    executed.write_text("kept as long as the tables are the same")
+    assert make_figures(find_studies([name], tmp_path), tmp_path) == {}
+    assert executed.read_text().startswith("kept")
 
 
 def test_every_score_of_table_7_is_printed(rebuilt, facts):
