@@ -39,6 +39,8 @@ def make_figures(studies: Sequence[Study], results: Path) -> dict[str, str]:
     """Tables, figures and README.md of every study that has a finished run, by 05_analysis, two at a time.
     Returns, by the study's name, why that failed where it did."""
 
+    elsewhere = {} if results == study.RESULTS else {"results": str(results)}  # a path of this machine
+
     def tables(one: Study) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in (one.folder / "tables").glob("*") if path.is_file()}
 
@@ -46,7 +48,7 @@ def make_figures(studies: Sequence[Study], results: Path) -> dict[str, str]:
         executed = one.folder / "notebooks" / "05_analysis.ipynb"
         new, before = executed.parent / "new" / executed.name, tables(one)
         try:
-            study.run_notebook("05_analysis", new, {"profile": one.source, "results": str(results)}, threads=1)
+            study.run_notebook("05_analysis", new, {"profile": one.source, **elsewhere}, threads=1)
         except RuntimeError as error:
             return str(error)
         # With the same tables the executed notebook stays: here images or weights for its Figure 7 may be wanting.
