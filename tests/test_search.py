@@ -282,7 +282,7 @@ def test_the_analysis_compares_searched_coefficients_at_equal_cost(profile_file,
         label = rng.integers(0, 10, 1000)
         answers = {"label": label, "predicted": np.where(correct, label, (label + 1) % 10)}
         np.savez(run.directory / "test_predictions.npz", **answers, confidence=np.full(1000, 0.5))
-        row = {"epoch": 1, "train_loss": 2.0, "minival_top1": score}
+        row = {"epoch": 1, "train_loss": 2.0, "minival_top1": score, "lr": run.config.lr}
         (run.directory / "history.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"epoch": 2}) + "\n")
     study.run_notebook("05_analysis", tmp_path / "05.ipynb", {"profile": str(path), "results": str(tmp_path)})
     folder = tmp_path / "tiny"
