@@ -85,12 +85,14 @@ from effnet_model import (  # noqa: F401 - most of them only passed on
 from effnet_records import (  # noqa: F401 - some of them only passed on
     CHECKPOINTS,
     PREDICTIONS,
+    PROGRESS,
     SCHEMA_VERSION,
     WEIGHTS,
     Held,
     Mismatch,
     device_name,
     environment,
+    event_writer,
     git_state,
     hold,
     holder_of,
@@ -98,6 +100,7 @@ from effnet_records import (  # noqa: F401 - some of them only passed on
     read_checkpoint,
     read_record,
     replace_file,
+    tell,
     write_checkpoint,
     write_json,
     write_record,
@@ -493,6 +496,9 @@ class Trainer:
 class Interrupted(KeyboardInterrupt):
     """Training was asked to stop and did, between two steps and with a checkpoint: the same call goes on from there."""
 
+    def _render_traceback_(self) -> list[str]:  # IPython shows this instead of where in the code it was
+        return [f"{str(self).strip()}. Run the cell again to go on."]
+
 
 class _Stop:
     """Whether training is to stop: the time is up, the file $EFFNET_STOP is there, or SIGTERM or SIGINT came, which
@@ -592,11 +598,16 @@ def train(
         head = {"status": "failed", **about, "seed": config.seed}
         head |= {"config": dataclasses.asdict(config), "cost": cost, "dataset": dataset}
         head |= environment(device)  # the code that runs, not what it becomes
-        stop = _Stop(deadline)
+        stop, note = _Stop(deadline), event_writer(run_dir) if first else lambda row: None
+
+        def each_row(row: dict) -> bool | None:
+            note(row)
+            return each_epoch(row) if each_epoch is not None else False
+
         try:
             with stop:
                 place = (run_dir, device, label, checkpoint, identity, stop)
-                record = head | _train(model, data, config, *place, each_epoch or (lambda row: False))
+                record = head | _train(model, data, config, *place, each_row)
         except OSError:  # a full disk, a folder that is gone: the machine's failure, not the run's
             raise
         except Exception as error:
@@ -616,6 +627,7 @@ def train(
 
 def _tidy(run_dir: Path, record: Mapping) -> None:
     """A finished run that has its weights needs no checkpoint any more, nor does a pruned one."""
+    (run_dir / PROGRESS).unlink(missing_ok=True)
     for name in CHECKPOINTS if (run_dir / WEIGHTS).exists() or record["status"] == "pruned" else ():
         (run_dir / name).unlink(missing_ok=True)
 
@@ -688,6 +700,7 @@ def _train(model, data, config, run_dir, device, label, checkpoint, identity, st
     if smaller.exists():
         trainer.micro_batch = min(trainer.micro_batch, int(smaller.read_text()))
     history, first, saved, to_save = progress["history"], trainer.rank == 0, time.monotonic(), 1.0
+    said = -math.inf
     shard = {} if trainer.world == 1 else {"shard": (trainer.rank, trainer.world)}
     steps = data.counts["train"] // config.batch_size
     if device.type == "cuda":
@@ -701,6 +714,13 @@ def _train(model, data, config, run_dir, device, label, checkpoint, identity, st
             write_checkpoint(run_dir, trainer.state_dict() | {"progress": progress, "identity": identity})
         saved = time.monotonic()
         to_save = saved - begin
+
+    def say(step: int, seconds: float) -> None:  # to those who look on; the loss is that of the last look at it
+        nonlocal said
+        said, known = time.monotonic(), progress["step"]
+        at = {"epoch": len(history) + 1, "step": step, "steps": steps, "seconds": seconds}
+        at |= {"images_per_second": step * config.batch_size / seconds}
+        tell(run_dir, **at, loss=progress["loss"] / known if known else None)
 
     def pause() -> None:
         save()
@@ -727,6 +747,8 @@ def _train(model, data, config, run_dir, device, label, checkpoint, identity, st
                 if trainer.world > 1 and _out_of_memory(error):
                     replace_file(smaller, lambda file: file.write_text(str(trainer.micro_batch)))
                 raise
+            if first and time.monotonic() - said > 2:
+                say(step, time.perf_counter() - begin)
             by_steps = config.save_steps > 0 and step % config.save_steps == 0
             if trainer.world > 1 and step % 10 and not by_steps and step != steps:
                 continue  # several processes have to meet for what follows

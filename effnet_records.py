@@ -27,6 +27,7 @@ from jsonschema.exceptions import best_match
 
 SCHEMA_VERSION = 2  # of run.json; 1 had no digest
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # newest first
+PROGRESS = ".progress.json"
 WEIGHTS, PREDICTIONS = "weights.safetensors", "test_predictions.npz"
 
 
@@ -132,6 +133,50 @@ def holder_of(run_dir: Path) -> str | None:
     except filelock.Timeout:
         path = run_dir / ".holder"
         return path.read_text() if path.exists() else "unknown"
+
+
+# ---- How far it is
+
+
+def tell(run_dir: Path, **progress: object) -> None:
+    """Say how far a run is, for those who look on. Nothing depends on it: it is not flushed to the disk, and one that
+    is full is no matter."""
+    unfinished = run_dir / f".progress.{os.getpid()}.partial"
+    with contextlib.suppress(OSError):
+        unfinished.write_text(json.dumps(progress))
+        unfinished.replace(run_dir / PROGRESS)
+
+
+def read_progress(run_dir: Path) -> dict | None:
+    """What `tell` said last; None if there is nothing."""
+    try:
+        return json.loads((run_dir / PROGRESS).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def event_writer(run_dir: Path) -> Callable[[Mapping], None]:
+    """A function that adds an epoch's row of the history to event files for TensorBoard, in run_dir/tensorboard, which
+    are begun anew; it does nothing unless $EFFNET_TENSORBOARD is set. ValueError if TensorBoard is not installed."""
+    if not os.environ.get("EFFNET_TENSORBOARD"):
+        return lambda row: None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard: it is not installed; pip install 'effnet-study[tensorboard]'") from None
+    folder = run_dir / "tensorboard"
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    writer = SummaryWriter(folder)
+
+    def write(row: Mapping) -> None:
+        for name, value in row.items():
+            if name != "epoch":
+                split, _, kind = name.rpartition("_") if name.startswith(("train_", "minival_")) else ("", "", name)
+                writer.add_scalar(f"{kind}/{split}" if split else kind, value, row["epoch"])
+        writer.flush()
+
+    return write
 
 
 # ---- run.json
@@ -262,7 +307,7 @@ def git_state() -> dict:
         changes = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"]
         return {"commit": commit, "dirty": bool(subprocess.run(changes, **ran).stdout)}
     except (OSError, subprocess.CalledProcessError):
-        return {"commit": os.environ.get("EFFNET_COMMIT"), "dirty": None}
+        return {"commit": os.environ.get("EFFNET_COMMIT") or None, "dirty": None}
 
 
 # ---- Figures and tables

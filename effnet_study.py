@@ -7,9 +7,7 @@ effnet_runs.py.
 """
 
 import argparse
-import ast
 import dataclasses
-import json
 import math
 import os
 import re
@@ -19,11 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 import torch
@@ -31,23 +27,35 @@ import yaml
 from scipy import stats
 
 from effnet_data import NAMES, DamagedImages, data_root, describe_data, inspect_data, load_data, sample_grid
+from effnet_execute import (  # noqa: F401 - some of them only passed on
+    EXECUTORS,
+    RETRIES,
+    TRY_AGAIN,
+    Execution,
+    check_notebook,
+    check_parameters,
+    execute,
+    execute_on_ray,
+    gpus_per_run,
+    run_notebook,
+    shares,
+    submit_to_slurm,
+)
 from effnet_lib import (
     NEIGHBOURS,
     TABLE7,
     VARIANTS,
     EfficientNet,
-    Interrupted,
     Scaling,
     cost_by_stage,
     count_cost,
     create_model,
     device_name,
-    holder_of,
-    read_record,
     round_resolution,
     unknown_name,
     write_json,
 )
+from effnet_live import Live, live_table, print_status, watch  # noqa: F401 - Live is passed on to the notebooks
 from effnet_records import save_figure, save_table  # noqa: F401 - passed on to the notebooks
 from effnet_runs import (  # noqa: F401 - some of them only passed on
     COEFFICIENTS,
@@ -86,9 +94,6 @@ from effnet_use import check_on_imagenet, export, load_classifier, load_run, pre
 
 STYLE = NOTEBOOKS / "study.mplstyle"  # for matplotlib: plt.style.use(study.STYLE)
 MARGIN = 0.5  # points of top-1 within which two methods count as equal
-GRACE = 20  # seconds for a notebook to stop in once it is asked to
-STARTING = 20  # seconds: with less of its time left, a study starts no further notebook
-TRY_AGAIN = os.EX_TEMPFAIL  # exit status 75: stopped in time, to be continued by the same command
 
 
 # ---- 1. Statistics -------------------------------------------------------------------------------------------------
@@ -189,124 +194,7 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> 
     return float((gap * table["images"]).sum() / table["images"].sum()), table
 
 
-# ---- 2. Notebooks --------------------------------------------------------------------------------------------------
-
-
-def _assignments(source: str) -> dict[str, object]:
-    """NAME = literal lines of a cell."""
-    pairs = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            pairs[target.id] = ast.literal_eval(node.value)
-    return pairs
-
-
-def check_parameters(notebook: str, values: Mapping[str, object]) -> dict[str, object]:
-    """`values` if NOTEBOOK's cell tagged "parameters" declares them all, with like types; papermill only warns.
-
-    Returns the declared defaults updated by `values`; a parameter whose default is None takes text or None.
-    """
-    cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
-    declared = next(_assignments(c.source) for c in cells if "parameters" in c.metadata.get("tags", []))
-    for name, value in values.items():
-        if name not in declared:
-            raise unknown_name(f"parameter of {notebook}", name, declared)
-        default = declared[name]
-        allowed = {float: (int, float), type(None): (str, type(None))}.get(type(default), type(default))
-        if not isinstance(value, allowed) or (isinstance(value, bool) and type(default) is not bool):
-            raise ValueError(f"parameter {name} of {notebook}: expected a value like {default!r}, got {value!r}")
-    return declared | dict(values)
-
-
-def check_notebook(notebook: str, namespace: Mapping[str, object]) -> None:
-    """For a notebook's second cell: refuse unknown or ill-typed parameters, whoever injected them.
-
-    namespace: the notebook's globals(). The names come from the cell that papermill injected, which starts with
-    "# Parameters", so that variables of the notebook itself are never taken for parameters.
-    """
-    injected = [_assignments(cell) for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n")]
-    declared = check_parameters(notebook, injected[-1] if injected else {})
-    values = check_parameters(notebook, {name: namespace[name] for name in declared})
-    if "method" in values and (trained_by := TRAINED_BY[family(values["method"])]) != notebook:
-        raise ValueError(f"method {values['method']!r} is trained by {trained_by}, not by {notebook}")
-
-
-# Papermill has a process of its own. Signals meant for training do not end it: it waits for the kernel, which stops.
-# It does not outlive who started it (prctl: Linux only), nor does the kernel outlive it.
-_EXECUTE = """
-import ctypes, json, signal, sys, papermill
-getattr(ctypes.CDLL(None), "prctl", lambda *_: None)(1, signal.SIGKILL)
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda *_: None)
-try:
-    papermill.execute_notebook(**json.loads(sys.argv[1]), stdout_file=sys.stdout, stderr_file=sys.stderr)
-except papermill.PapermillExecutionError as error:
-    print(error.evalue if error.ename == "Interrupted" else f"{error.ename}: {error.evalue}", file=sys.stderr)
-    sys.exit(75 if error.ename == "Interrupted" else 1)
-except Exception as error:
-    sys.exit(f"{type(error).__name__}: {error}")
-"""
-
-
-def _wait(process: subprocess.Popen, stop: Path) -> int:
-    """Its exit status. Once `stop` is there it has GRACE seconds; then it is killed, and its kernel ends with it."""
-    asked = math.inf
-    while True:
-        try:
-            return process.wait(timeout=0.2)
-        except subprocess.TimeoutExpired:
-            if stop.exists():
-                asked = min(asked, time.monotonic())
-            if time.monotonic() - asked > GRACE:
-                process.kill()
-
-
-def run_notebook(
-    notebook: str,
-    output: Path,
-    parameters: Mapping[str, object],
-    threads: int | None = None,
-    stop: Path | None = None,
-) -> None:
-    """Execute notebooks/NOTEBOOK.ipynb into `output`, which appears only if every cell succeeded.
-
-    What cells print comes out at once. `threads`: CPU threads for torch, which otherwise takes all cores. Raises
-    RuntimeError if a cell failed or the kernel died; what there is of the notebook is then beside `output` as
-    NAME.partial.ipynb. Raises Interrupted if training stopped in time, with a checkpoint. An interrupt, or else a file
-    that appears at `stop`, asks training to do so; what has not ended GRACE seconds later is killed.
-    """
-    check_parameters(notebook, parameters)
-    unfinished = output.with_suffix(".partial.ipynb")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    arguments = {"input_path": str(NOTEBOOKS / f"{notebook}.ipynb"), "output_path": str(unfinished)}
-    arguments |= {"parameters": dict(parameters), "kernel_name": "python3", "language": "python", "cwd": str(ROOT)}
-    arguments |= {"progress_bar": False, "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    with tempfile.TemporaryDirectory() as folder:
-        stop = stop or Path(folder) / "stop"
-        environment["EFFNET_STOP"] = str(stop)
-        command = [sys.executable, "-c", _EXECUTE, json.dumps(arguments)]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-        try:
-            status = _wait(process, stop)
-        except BaseException:
-            stop.touch()
-            _wait(process, stop)
-            raise
-    if status == TRY_AGAIN:
-        unfinished.unlink(missing_ok=True)
-        raise Interrupted(f"{notebook} stopped in time")
-    if status != 0:
-        raise RuntimeError(f"{notebook} failed; see {unfinished}")
-    executed = nbformat.read(unfinished, as_version=4)
-    for key in ("input_path", "output_path"):  # no paths of the machine it ran on
-        executed.metadata.papermill[key] = f"{notebook}.ipynb" if key == "input_path" else output.name
-    nbformat.write(executed, unfinished)
-    unfinished.replace(output)
-
-
-# ---- 3. The command ------------------------------------------------------------------------------------------------
+# ---- 2. The command ------------------------------------------------------------------------------------------------
 
 
 def study(
@@ -317,20 +205,54 @@ def study(
     seeds: Sequence[int] | None = None,
     device: str | None = None,
     retry: bool = False,
-    analysis: bool = False,
+    analysis: bool | None = None,
     jobs: int | None = None,
     threads: int | None = None,
+    executor: str = "local",
+    stop: Path | None = None,
 ) -> int:
     """Execute a profile's notebooks, those of finished runs excepted. Returns 0 if all runs are finished, else 1.
-    Raises Interrupted in time for $EFFNET_DEADLINE (Unix time): every run that was under way has a checkpoint then.
+    Raises Interrupted in time for $EFFNET_DEADLINE (Unix time), or once a file appears at `stop`: every run that was
+    under way has a checkpoint then.
 
-    jobs, threads: notebooks at a time and CPU threads of each; see `_shares` for the defaults.
+    jobs, threads: notebooks at a time and CPU threads of each; see `shares` for the defaults.
     retry: run failed and diverged runs again (their records are kept as run.earlier.json).
-    analysis: execute 00 and 05 even if no run was trained.
+    analysis: whether to execute 00 and 05 (default: if they are missing, or a run was trained).
+    executor: local, or ray: where runs and the search are executed.
     """
     profile = load_profile(name)
-    name, place = _named(name), {} if results is None else {"results": str(Path(results).absolute())}
+    name, place = _named(name), _place(results)
     runs = plan_runs(profile, results, methods, seeds)
+    todo, analysed = _prepare(runs, retry)
+    print(f"{profile.title}: {len(runs)} runs, {len(todo)} to do ({profile.stamp})", flush=True)
+    kernels = {"device": device, "threads": threads, "executor": executor, "stop": stop}
+    with live_table(profile, runs):
+        waiting = [run for run in todo if run.state() == "waiting"]
+        _execute_runs(name, [run for run in todo if run not in waiting], place, jobs, **kernels)
+        if _search_is_to_do(profile, runs[0].folder, waiting) and search(name, results, **kernels, retry=retry):
+            _execute_runs(name, waiting, place, jobs, **kernels)
+        finished = [run for run in runs if run.state() == "finished"]
+        done = True
+        if finished and (not analysed.exists() if analysis is None else analysis):
+            notebooks = {"00_architecture": {"profile": name, "explorer": False}, "05_analysis": {"profile": name}}
+            executions = [
+                Execution(f"{notebook}: executing", notebook, analysed.with_stem(notebook), given | place)
+                for notebook, given in notebooks.items()
+            ]
+            done = execute(executions, *shares(len(executions), profile, "cpu"), stop=stop)
+    print_status(profile, results)
+    if not todo:
+        print(_provenance(profile, results, name))
+    return 0 if len(finished) == len(runs) and done else 1
+
+
+def _place(results: str | Path | None) -> dict[str, str]:
+    """A notebook's parameter for results that go elsewhere."""
+    return {} if results is None else {"results": str(Path(results).absolute())}
+
+
+def _prepare(runs: Sequence[Run], retry: bool) -> tuple[list[Run], Path]:
+    """Make the study's folder ready; the runs whose notebooks are to be executed, and where the analysis goes."""
     folder = runs[0].folder
     for run in runs:
         if retry and run.state() in ("failed", "diverged"):
@@ -343,45 +265,101 @@ def study(
     analysed = folder / "notebooks" / "05_analysis.ipynb"
     if todo:
         analysed.unlink(missing_ok=True)  # it will be out of date, and is missed if we do not come to it
-    print(f"{profile.title}: {len(runs)} runs, {len(todo)} to do ({profile.stamp})", flush=True)
-    waiting = [run for run in todo if run.state() == "waiting"]
-    ready, kernels = [run for run in todo if run not in waiting], {"device": device, "threads": threads}
-    _execute_runs(name, ready, place, jobs, **kernels)
+    return todo, analysed
+
+
+def _search_is_to_do(profile: Profile, folder: Path, waiting: Sequence[Run]) -> bool:
+    """Whether runs wait for its coefficients, or its notebook was lost."""
     searched = folder / "notebooks" / "03_coefficient_search.ipynb"
     lost = (folder / COEFFICIENTS).exists() and (folder / "search").exists() and not searched.exists()
-    if (waiting or (lost and profile.search)) and search(name, results, **kernels, retry=retry):
-        _execute_runs(name, waiting, place, jobs, **kernels)
-    finished = [run for run in runs if run.state() == "finished"]
-    done = True
-    if finished and (analysis or not analysed.exists()):
-        executions = [
-            (f"{notebook}: executing", notebook, folder / "notebooks" / f"{notebook}.ipynb", given | place)
-            for notebook, given in (
-                ("00_architecture", {"profile": name, "explorer": False}),
-                ("05_analysis", {"profile": name}),
-            )
-        ]
-        done = _execute(executions, *_shares(len(executions), profile, "cpu"))
-    print_status(profile, results)
-    if not todo:
-        print(_provenance(profile, results, name))
-    return 0 if len(finished) == len(runs) and done else 1
+    return bool(waiting) or (lost and profile.search is not None)
 
 
 def _execute_runs(
-    name: str, runs: Sequence[Run], place: Mapping, jobs: int | None, device: str | None, threads: int | None
+    name: str,
+    runs: Sequence[Run],
+    place: Mapping,
+    jobs: int | None,
+    device: str | None,
+    threads: int | None,
+    executor: str,
+    stop: Path | None,
 ) -> None:
-    if not runs:
-        return
-    jobs, threads = _shares(len(runs), runs[0].profile, device, jobs, threads)
-    if jobs > 1:
-        print(f"{jobs} at a time, {threads} CPU thread{'s' if threads > 1 else ''} each", flush=True)
+    if runs:
+        profile = runs[0].profile
+        several = executor != "local" or shares(len(runs), profile, device, jobs, threads)[0] > 1
+        executions = _executions(name, _longest_first(runs) if several else runs, place, device)
+        _execute(executions, profile, device, jobs, threads, executor, stop)
+
+
+def _executions(name: str, runs: Sequence[Run], place: Mapping, device: str | None) -> list[Execution]:
+    """The notebook of each run."""
     executions = []
-    for number, run in enumerate(_longest_first(runs) if jobs > 1 else runs, 1):
+    for number, run in enumerate(runs, 1):
         about = f"[{number}/{len(runs)}] {run.method}, seed {run.seed}, {run.config.resolution} px"
         parameters = {"profile": name, "method": run.method, "seed": run.seed, "device": device, **place}
-        executions.append((about, TRAINED_BY[family(run.method)], run.executed, parameters))
-    _execute(executions, jobs, threads)
+        notebook = TRAINED_BY[family(run.method)]
+        executions.append(Execution(about, notebook, run.executed, parameters, run.directory))
+    return executions
+
+
+def _execute(
+    executions: Sequence[Execution],
+    profile: Profile,
+    device: str | None,
+    jobs: int | None,
+    threads: int | None,
+    executor: str,
+    stop: Path | None,
+) -> bool:
+    """Execute trainings where `executor` does that."""
+    if executor == "ray":
+        gpus = 0 if device == "cpu" else gpus_per_run(profile, 1)
+        return execute_on_ray(executions, jobs, threads, gpus, stop, optional=device is None)
+    jobs, threads = shares(len(executions), profile, device, jobs, threads)
+    if jobs > 1:
+        print(f"{jobs} at a time, {threads or 'all'} CPU thread{'s' * (threads != 1)} each", flush=True)
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    return execute(executions, jobs, threads, gpus_per_run(profile, gpus) if gpus else 0, stop)
+
+
+def submit(
+    name: str,
+    results: str | Path | None = None,
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    device: str | None = None,
+    retry: bool = False,
+    jobs: int | None = None,
+    threads: int | None = None,
+    seconds: float = 3600,
+    cluster: str = "slurm",
+) -> list:
+    """Hand a profile's study over to Slurm, and return at once; the submitted jobs of submitit.
+
+    One array job executes the notebooks of the runs, and 03 if there are coefficients to search for; each element has
+    `seconds`, is queued again when they are up, and goes on. A job after it, `study` on one node, trains what waited
+    for coefficients and does the analysis. A run has the profile's devices, as GPUs of one node (auto: one), unless
+    `device` is "cpu". cluster: "local" executes them here, without Slurm, as submitit does.
+    """
+    profile = load_profile(name)
+    name, place = _named(name), _place(results)
+    runs = plan_runs(profile, results, methods, seeds)
+    todo, _ = _prepare(runs, retry)
+    ready = [run for run in todo if run.state() != "waiting"]
+    executions = _executions(name, _longest_first(ready), place, device)
+    if _search_is_to_do(profile, runs[0].folder, [run for run in todo if run not in ready]):
+        executions.append(_search_execution(name, results, device))
+    gpus = 0 if device == "cpu" else gpus_per_run(profile, 1)
+    closing = {"methods": methods, "seeds": seeds, "device": device, "threads": threads}
+    options = {"seconds": seconds, "jobs": jobs, "threads": threads, "gpus": gpus, "cluster": cluster}
+    return submit_to_slurm(executions, _close, (name, results, closing), runs[0].folder, **options)
+
+
+def _close(name: str, results: str | Path | None, options: Mapping, stop: Path) -> bool:
+    """What is left of a study after its array job."""
+    return study(name, results, **options, stop=stop) == 0
 
 
 def _named(name: str | Path) -> str:
@@ -396,21 +374,27 @@ def search(
     device: str | None = None,
     threads: int | None = None,
     retry: bool = False,
+    executor: str = "local",
+    stop: Path | None = None,
 ) -> bool:
     """Execute 03_coefficient_search for a profile, which writes its coefficients.json. False if that failed.
 
     retry: train failed and diverged candidates again (their records are kept as run.earlier.json).
+    executor, stop: as in `study`.
     """
-    profile, place = load_profile(name), {} if results is None else {"results": str(Path(results).absolute())}
+    profile = load_profile(name)
     _, candidates = plan_search(profile, results)
     for candidate in (dataclasses.replace(c, seed=seed) for c in candidates for seed in profile.search.seeds):
         if retry and candidate.state() in ("failed", "diverged"):
             candidate.set_aside()
-    output = candidates[0].folder / "notebooks" / "03_coefficient_search.ipynb"
-    parameters = {"profile": _named(name), "device": device, **place}
-    about = f"coefficient search: {len(candidates)} candidates"
-    _, threads = _shares(1, profile, device, 1, threads)
-    return _execute([(about, "03_coefficient_search", output, parameters)], 1, threads)
+    return _execute([_search_execution(name, results, device)], profile, device, 1, threads, executor, stop)
+
+
+def _search_execution(name: str | Path, results: str | Path | None, device: str | None) -> Execution:
+    _, candidates = plan_search(load_profile(name), results)
+    folder, parameters = candidates[0].folder, {"profile": _named(name), "device": device, **_place(results)}
+    output, about = folder / "notebooks" / "03_coefficient_search.ipynb", f"{len(candidates)} candidates"
+    return Execution(f"coefficient search: {about}", output.stem, output, parameters, folder / "search")
 
 
 def _is_to_do(run: Run) -> bool:
@@ -419,92 +403,10 @@ def _is_to_do(run: Run) -> bool:
     return state not in ("finished", "failed", "diverged") or (state == "diverged" and run.to_retry)
 
 
-def _shares(
-    count: int, profile: Profile, device: str | None, jobs: int | None = None, threads: int | None = None
-) -> tuple[int, int | None]:
-    """How many of `count` notebooks to execute at a time, and with how many CPU threads each (None: torch's choice).
-
-    One at a time on a GPU. On a CPU, where one thread in each of two processes does more than two threads in one, as
-    many as there are cores, if each has 4 GiB of memory; all of them together get the cores that there are.
-    """
-    for name, value in {"jobs": jobs, "threads": threads}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {value}")
-    on_cpu, cores = device == "cpu" or not torch.cuda.is_available(), torch.get_num_threads()
-    processes = 1 if profile.devices == "auto" else profile.devices
-    if jobs is None:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**32
-        jobs = max(1, min(cores // processes, count, memory)) if on_cpu else 1
-    if threads is None and on_cpu:
-        threads = max(1, cores // (jobs * processes))
-    return jobs, threads
-
-
 def _longest_first(runs: Sequence[Run]) -> list[Run]:
     """Seed by seed: the baseline, whose curve the others draw, then the costliest, to end with short ones."""
     seeds = [run.seed for run in runs]
     return sorted(runs, key=lambda run: (seeds.index(run.seed), run.method != "baseline", -run.cost.activations))
-
-
-def _execute(executions: Sequence[tuple[str, str, Path, Mapping]], jobs: int, threads: int | None) -> bool:
-    """Execute notebooks (what to print, notebook, output, parameters), `jobs` at a time. False if one failed.
-
-    An interrupt, or one that has no time left, asks all of them to stop with a checkpoint, and is raised then.
-    """
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        stop = Path(folder) / "stop"
-        futures = [pool.submit(_attempt, *execution, threads, stop) for execution in executions]
-        try:
-            return all([future.result() for future in futures])
-        except BaseException:
-            stop.touch()
-            pool.shutdown(wait=False, cancel_futures=True)  # the block ends when those that run have stopped
-            raise
-
-
-def _attempt(about: str, notebook: str, output: Path, parameters: Mapping, threads: int | None, stop: Path) -> bool:
-    """Execute a notebook; if that fails it is told, and the study goes on. Raises Interrupted if there is no time."""
-    if stop.exists() or time.time() + STARTING > float(os.environ.get("EFFNET_DEADLINE", "inf")):
-        raise Interrupted("too little time is left to start another notebook")
-    print(f"{about}\n", end="", flush=True)  # in one piece, since others print too
-    try:
-        run_notebook(notebook, output, parameters, threads, stop)
-        return True
-    except RuntimeError as error:
-        print(f"effnet: {error}", file=sys.stderr, flush=True)
-        return False
-
-
-def print_status(profile: Profile, results: str | Path | None = None) -> None:
-    """A line per run: state, cost, score, speed."""
-    table = load_runs(profile, results)
-    columns = {"method": "method", "seed": "seed", "status": "status", "resolution": "px"}
-    if "top1" in table:
-        table["params"], table["flops"] = table["params"] / 1e6, table["flops"] / 1e9
-        columns |= {"params": "params (M)", "flops": "FLOPs (B)", "top1": "top-1 %", "top5": "top-5 %"}
-        columns |= {"images_per_second": "images/s", "seconds": "seconds"}
-    table["resolution"] = table["resolution"].astype("Int64")  # one that waits has none yet
-    formats = {"params (M)": "{:.2f}", "FLOPs (B)": "{:.4f}", "top-1 %": "{:.2f}", "top-5 %": "{:.2f}"}
-    formats |= {"images/s": "{:,.0f}", "seconds": "{:,.0f}"}
-    table = table[list(columns)].rename(columns=columns)
-    print(f"\n{profile.title} ({profile.stamp})")
-    print(table.to_string(index=False, na_rep="-", formatters={k: f.format for k, f in formats.items()}), flush=True)
-    for run in plan_runs(profile, results):
-        state = run.state()
-        if state in ("failed", "diverged"):
-            print(f"{run.directory.name} {ending(read_record(run.directory))}; run it again with --retry")
-        elif state == "waiting":
-            print(f"{run.method} seed {run.seed} waits for its coefficients: effnet search {profile.name}")
-        elif state == "running":
-            print(f"{run.directory.name} is trained by {holder_of(run.directory)}")
-        elif state == "stale":
-            differences = "; ".join(run.differences(read_record(run.directory)))
-            print(f"{run.directory.name} was made with {differences}; delete its folder to run it anew")
-        elif state == "damaged":
-            try:
-                read_record(run.directory)
-            except ValueError as error:
-                print(error)
 
 
 def _provenance(profile: Profile, results: str | Path | None, name: str) -> str:
@@ -543,7 +445,7 @@ def plan(
     if runs:
         data = load_data(**profile.data, download=False)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    _, threads = _shares(len(runs), profile, device.type, jobs, threads)
+    _, threads = shares(len(runs), profile, device.type, jobs, threads)
     cores = torch.get_num_threads()
     torch.set_num_threads(threads or cores)
     one_of_each, times = {run.method: run for run in reversed(runs)}, {}
@@ -724,13 +626,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub.add_argument("--seeds", nargs="+", type=int, help="only these seeds of the profile")
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     sub.add_argument("--retry", action="store_true", help="run failed and diverged runs again")
-    sub.add_argument("--analysis", action="store_true", help="execute the analysis even if nothing was trained")
-    sub.add_argument("--jobs", type=int, help="notebooks at a time (default: on a CPU one per core, on a GPU one)")
+    text = "execute the analysis even if nothing was trained, or not at all (default: if something was)"
+    sub.add_argument("--analysis", action=argparse.BooleanOptionalAction, help=text)
+    sub.add_argument("--jobs", type=int, help="notebooks at a time (default: one per GPU, on a CPU one per core)")
     sub.add_argument("--threads", type=int, help="CPU threads of each (default: the cores, shared)")
+    text = (
+        "where notebooks are executed: here; on the Ray cluster at $RAY_ADDRESS, or one of this machine alone; or by "
+    )
+    text += "Slurm, as one array job that is queued again whenever its --time-budget (default: 1h) is up"
+    sub.add_argument("--executor", choices=EXECUTORS, default="local", help=text)
+    events = "write event files for TensorBoard too, in tensorboard/ of each run's folder"
+    sub.add_argument("--tensorboard", action="store_true", help=events)
     budget = f"such as 9m: stop in time, with checkpoints and exit status {TRY_AGAIN}; the same command continues"
     sub.add_argument("--time-budget", type=_duration, metavar="TIME", help=budget)
     states = "finished, running, interrupted, failed, diverged, stale, damaged, missing, waiting for a search"
-    command("status", f"list a profile's runs: {states}")
+    sub = command("status", f"list a profile's runs with epochs, scores, speed and time left: {states}")
+    sub.add_argument("--watch", action="store_true", help="keep it up to date until all runs have ended")
     sub = command("plan", "list the runs that are to do, with their cost and the time they will take on this device")
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     sub.add_argument("--jobs", type=int, help="notebooks at a time (default: as effnet study)")
@@ -759,6 +670,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sub.add_argument("--resolution", type=int, help="pixels of a model's input (default: the profile's)")
     sub.add_argument("--results", metavar="DIR", help="where results go, instead of results/")
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--tensorboard", action="store_true", help=events)
     sub.add_argument("--time-budget", type=_duration, metavar="TIME", help=budget)
     sub.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     sub = command("pilot", "train the baseline with changed settings, scored on minival alone, to choose a recipe by")
@@ -810,21 +722,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A scheduler's SIGTERM must reach the kernel as an interrupt; a background shell starts us with SIGINT ignored.
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if getattr(args, "time_budget", None) is not None:
+    by_slurm = getattr(args, "executor", None) == "slurm"
+    if getattr(args, "tensorboard", False):
+        os.environ["EFFNET_TENSORBOARD"] = "1"  # for the kernels
+    if getattr(args, "time_budget", None) is not None and not by_slurm:
         os.environ["EFFNET_DEADLINE"] = str(time.time() + args.time_budget)  # for the kernels too
         if args.command in ("study", "search"):  # for what does not look at the clock, such as a compiler
             signal.signal(signal.SIGALRM, _interrupt)
             signal.setitimer(signal.ITIMER_REAL, args.time_budget)
     try:
         if args.command == "study":
-            names = ("methods", "seeds", "device", "retry", "analysis", "jobs", "threads")
-            return study(args.profile, args.results, **{name: getattr(args, name) for name in names})
-        if args.command == "status":
-            print_status(load_profile(args.profile), args.results)
+            names = ("methods", "seeds", "device", "retry", "jobs", "threads")
+            options = {name: getattr(args, name) for name in names}
+            if by_slurm:
+                jobs = submit(args.profile, args.results, **options, seconds=args.time_budget or 3600)
+                print(
+                    f"submitted {len(jobs)} jobs, {jobs[0].job_id} to {jobs[-1].job_id}; the last waits for the others"
+                )
+                print(f"effnet status {args.profile} --watch shows how far they are")
+            else:
+                return study(args.profile, args.results, **options, analysis=args.analysis, executor=args.executor)
+        elif args.command == "status":
+            (watch if args.watch else print_status)(load_profile(args.profile), args.results)
         elif args.command == "plan":
             chosen = {name: getattr(args, name) for name in ("device", "jobs", "threads")}
             table = plan(args.profile, args.results, seconds=args.seconds, **chosen)
-            print_plan(table, _shares(len(table), load_profile(args.profile), **chosen)[0])
+            print_plan(table, shares(len(table), load_profile(args.profile), **chosen)[0])
         elif args.command == "search":
             options = {name: getattr(args, name) for name in ("device", "threads", "retry")}
             return 0 if search(args.profile, args.results, **options) else 1

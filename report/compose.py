@@ -26,6 +26,7 @@ import yaml
 import effnet_study as study
 from evidence import Study, find_studies, listed, outcome, spoken, unknown_results
 from page import build_page
+from scale import build_scale
 
 ROOT = study.ROOT
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # the figures' own: typst brings no sans
@@ -240,7 +241,8 @@ def write_all(studies: Sequence[Study], results: Path, folder: Path) -> list[str
         (folder / name / f"{name}.pdf").write_bytes(pdf)
         lines.append(f"{name}/{name}.pdf: {pages} page{'s' * (pages > 1)}")
     build_page(studies, facts["outcome"], folder / "report", results)
-    return [*lines, "report/index.html", "README.md"]
+    build_scale(folder / "report", results)
+    return [*lines, "report/index.html", "report/scale.md", "README.md"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

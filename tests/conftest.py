@@ -20,8 +20,9 @@ import effnet_lib
 from effnet_data import load_data
 
 matplotlib.use("Agg")
-if "OMP_NUM_THREADS" not in os.environ:  # else as asked, where other work goes on
-    torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, and so are the processes that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # else as asked, where other work goes on
 
 
 @pytest.fixture(scope="session")

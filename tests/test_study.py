@@ -212,11 +212,11 @@ def test_notebooks_side_by_side_share_the_cores(profile_file, monkeypatch, cores
     monkeypatch.setattr(study.torch, "get_num_threads", lambda: cores)
     monkeypatch.setattr(study.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**26}[name])
     profile = study.load_profile(profile_file(devices=devices))
-    assert study._shares(count, profile, "cpu", **words) == expected
+    assert study.shares(count, profile, "cpu", **words) == expected
     monkeypatch.setattr(study.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}[name])
-    assert study._shares(count, profile, "cpu")[0] == 1  # 4 GiB in all
-    monkeypatch.setattr(study.torch.cuda, "is_available", lambda: True)
-    assert study._shares(count, profile, None)[0] == 1  # one GPU
+    assert study.shares(count, profile, "cpu")[0] == 1  # 4 GiB in all
+    monkeypatch.setattr(study.torch.cuda, "device_count", lambda: 4)
+    assert study.shares(count, profile, None)[0] == min(count, 4 // devices)  # as many as there are GPUs for
 
 
 def test_each_seeds_longest_run_starts_first_after_the_baseline(profile_file):

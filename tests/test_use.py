@@ -158,14 +158,15 @@ def test_settings_may_stand_anywhere_among_the_words(profile_file, tmp_path):
 
 
 @pytest.mark.parametrize("name", NEIGHBOURS)
-def test_neighbours_train_by_the_same_trainer(name, tmp_path, capsys):
-    words = ["train", "--model", name, "--dataset", "quick", "--resolution", "32", "--results", str(tmp_path)]
-    assert study.main([*words, "epochs=1", "batch_size=500", "lr=0.01"]) == 0
-    folder = tmp_path / "quick" / "models" / f"{name}_32px_seed0"
+def test_neighbours_train_by_the_same_trainer(name, profile_file, tmp_path, capsys):
+    path = profile_file()
+    words = ["train", "--model", name, "--dataset", str(path), "--resolution", "32", "--results", str(tmp_path)]
+    assert study.main([*words, "lr=0.01"]) == 0
+    folder = tmp_path / "tiny" / "models" / f"{name}_32px_seed0"
     record = read_record(folder)
     assert record["cost"]["params"] == sum(p.numel() for p in create_model(name, 10).parameters())
     model, _ = study.load_run(folder)
-    test = load_data(**study.load_profile("quick").data)
+    test = load_data(**study.load_profile(path).data)
     assert evaluate(model, test, "test", 32)["top1"] == pytest.approx(record["test"]["top1"], abs=0.3)
 
 

@@ -1,0 +1,200 @@
+"""Notebooks side by side, over Ray and by Slurm: what is killed, what fails, what is lacking."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import kill
+import psutil
+import pytest
+import torch
+from conftest import write_record
+
+import effnet_execute
+import effnet_study as study
+from effnet_execute import SlurmTask
+from effnet_records import read_progress
+
+TRAIN = {"epochs": 2, "batch_size": 4, "optimizer": "sgd", "lr": 0.02, "norm_momentum": 0.1, "save_steps": 5}
+LONG = {"methods": ["baseline"], "data": {"name": "digits", "size": 16, "train_per_class": 20}, "train": TRAIN}
+LONG |= {"base_resolution": 8}
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(path, results, *words) -> list[str]:
+    return [sys.executable, "-m", "effnet_study", "study", str(path), "--results", str(results), *map(str, words)]
+
+
+def alone(path, results) -> dict:
+    """The end of a run of the baseline that nobody disturbed."""
+    words = ["train", str(path), "baseline", "--results", str(results)]
+    train = [sys.executable, "-m", "effnet_study", *words]
+    subprocess.run(train, cwd=study.ROOT, env=ONE_THREAD, check=True, capture_output=True, timeout=600)
+    return kill.end_of(study.Run.plan(path, "baseline", 0, results).directory)
+
+
+def wait_for_steps(run, process, steps: int) -> int:
+    """Wait until a run has taken so many steps; the process that trains it."""
+    while (read_progress(run.directory) or {"step": 0})["step"] < steps:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    return int((run.directory / ".holder").read_text().split()[1])
+
+
+def test_a_worker_of_ray_is_killed_and_the_study_completes_with_the_same_results(profile_file, tmp_path):
+    """Two workers; one is killed in the middle of its run, the other's notebook fails, which is no reason to retry."""
+    pytest.importorskip("ray")
+    path = profile_file(**LONG | {"methods": ["baseline", "width"]})
+    run, stale = study.plan_runs(study.load_profile(path), tmp_path / "ray")
+    write_record(stale, config={**stale.config.__dict__, "lr": 3.0})
+    words = ["--executor", "ray", "--device", "cpu"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command(path, tmp_path / "ray", *words), cwd=study.ROOT, **pipes)
+    kernel = psutil.Process(wait_for_steps(run, process, 6))
+    worker = kernel.parent().parent()
+    assert "ray" in " ".join(worker.cmdline()) and "papermill" in " ".join(kernel.parent().cmdline())
+    worker.send_signal(signal.SIGKILL)
+    said, errors = process.communicate(timeout=600)
+    assert process.returncode == 1, errors  # for the notebook that failed
+    assert "continues after epoch" in said + errors
+    assert (said + errors).count("02_single_axis_scaling failed") == 1
+    assert kill.end_of(run.directory) == alone(path, tmp_path / "alone")
+    assert run.executed.exists() and (run.folder / "notebooks" / "05_analysis.ipynb").exists()
+    assert not list(run.folder.glob(".stop*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_ray_is_not_asked_for_what_no_machine_has(profile_file, tmp_path, capsys):
+    pytest.importorskip("ray")
+    words = ["study", str(profile_file()), "--results", str(tmp_path), "--executor", "ray", "--device", "cuda"]
+    assert study.main(words) == 2
+    assert "a run needs 1 CPU and 1 GPU on one machine, the cluster's have: " in capsys.readouterr().err
+
+
+def test_a_gpu_brings_its_share_of_the_cores():
+    machines = [{"CPU": 32.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 8.0}, {"CPU": 64.0}]
+    assert [effnet_execute._ray_threads(machines, gpus) for gpus in (0, 1, 4, 8)] == [1, 2, 8, 16]
+    effnet_execute._check_ray(machines, {"CPU": 32, "GPU": 4})
+    with pytest.raises(RuntimeError, match="needs 33 CPU and 1 GPU on one machine"):  # together they would have them
+        effnet_execute._check_ray(machines, {"CPU": 33, "GPU": 1})
+
+
+def test_a_killed_kernel_is_replaced_and_goes_on(profile_file, tmp_path):
+    path = profile_file(**LONG)
+    run = study.Run.plan(path, "baseline", 0, tmp_path / "here")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = ["--threads", 1, "--no-analysis"]
+    process = subprocess.Popen(command(path, tmp_path / "here", *words), cwd=study.ROOT, **pipes)
+    os.kill(wait_for_steps(run, process, 6), signal.SIGKILL)
+    said, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert "its process was killed" in errors and "attempted again" in errors and "continues after epoch" in said
+    assert kill.end_of(run.directory) == alone(path, tmp_path / "alone")
+    assert not (run.folder / "notebooks" / "05_analysis.ipynb").exists()
+
+
+def test_a_notebook_that_is_killed_again_and_again_is_given_up(monkeypatch, capsys, tmp_path):
+    attempts = []
+
+    def killed(*arguments):
+        attempts.append(arguments)
+        raise effnet_execute.Killed("01_baseline_b0: its process was killed")
+
+    monkeypatch.setattr(effnet_execute, "run_notebook", killed)
+    execution = study.Execution("about", "01_baseline_b0", tmp_path / "out.ipynb", {})
+    assert study.execute([execution], 1, None) is False
+    assert len(attempts) == 1 + study.RETRIES and capsys.readouterr().err.count("attempted again") == study.RETRIES
+
+
+@pytest.mark.parametrize(
+    "jobs, gpus, visible, expected",
+    [
+        (1, 1, None, [None]),
+        (2, 0, None, [None, None]),
+        (2, 1, None, ["0", "1"]),
+        (4, 1, None, ["0", "1", "2", "3"]),
+        (2, 2, "4,5,6,7", ["4,5", "6,7"]),
+        (3, 2, "4,5,6,7", ["4,5", "6,7", "4,5"]),
+    ],
+)
+def test_notebooks_side_by_side_have_gpus_of_their_own(monkeypatch, tmp_path, jobs, gpus, visible, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible else monkeypatch.delenv(
+        "CUDA_VISIBLE_DEVICES", raising=False
+    )
+    seen, together = [], threading.Barrier(jobs)
+
+    def look(*arguments):
+        seen.append(arguments[-1].get("CUDA_VISIBLE_DEVICES"))
+        together.wait(20)
+
+    monkeypatch.setattr(effnet_execute, "run_notebook", look)
+    executions = [study.Execution("", "01_baseline_b0", tmp_path, {}) for _ in range(jobs)]
+    assert study.execute(executions, jobs, None, gpus)
+    assert sorted(seen, key=str) == sorted(expected, key=str)
+
+
+@pytest.fixture
+def fake_slurm(tmp_path, monkeypatch):
+    """An sbatch that keeps every script it is given and says that it was submitted; the scripts so far."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    sbatch = folder / "sbatch"
+    sbatch.write_text(
+        f'#!/bin/sh\nn=$(ls {folder} | grep -c script)\ncp "$1" {folder}/script$n\necho "Submitted batch job 10$n"\n'
+    )
+    sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
+    (folder / "srun").symlink_to(sbatch)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return lambda: [path.read_text().splitlines() for path in sorted(folder.glob("script*"))]
+
+
+def test_slurm_is_given_one_array_job_and_one_that_follows(profile_file, tmp_path, fake_slurm, capsys):
+    pytest.importorskip("submitit")
+    methods = ["baseline", "depth", "compound_searched"]
+    path = profile_file(methods=methods, seeds=[0, 1], search={"step": 0.4}, devices=2)
+    write_record(study.Run.plan(path, "depth", 1, tmp_path))
+    words = ["--executor", "slurm", "--time-budget", "90m", "--jobs", "3", "--threads", "4"]
+    assert study.main(["study", str(path), "--results", str(tmp_path), *words]) == 0
+    assert "EFFNET_DEADLINE" not in os.environ  # the time of a job is not that of the submission
+    array, closing = fake_slurm()
+    both = ["--requeue", "--time=90", "--cpus-per-task=4", "--gpus-per-node=2", "--nodes=1", "--signal=USR2@90"]
+    for line in both:
+        assert f"#SBATCH {line}" in array and f"#SBATCH {line}" in closing, line
+    assert "#SBATCH --array=0-4%3" in array  # three runs that are to do, one without its notebook, the search
+    assert "#SBATCH --dependency=afterany:100" in closing and not [w for w in closing if "--array" in w]
+    assert "#SBATCH --open-mode=append" in array
+    assert "effnet status" in capsys.readouterr().out
+
+
+def test_without_slurm_that_is_said(profile_file, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert study.main(["study", str(profile_file()), "--results", str(tmp_path), "--executor", "slurm"]) == 2
+    assert "executor slurm: " in capsys.readouterr().err
+
+
+def test_a_job_of_slurm_that_is_warned_stops_and_goes_on_when_it_is_started_again(profile_file, tmp_path):
+    """As submitit does it, but on this machine: its local jobs get the same signal and are queued again."""
+    submitit = pytest.importorskip("submitit")
+    path = profile_file(**LONG)
+    run = study.Run.plan(path, "baseline", 0, tmp_path)
+    parameters = {"profile": str(path), "results": str(tmp_path), "device": "cpu"}
+    execution = study.Execution("about", "01_baseline_b0", run.executed, parameters, run.directory)
+    executor = submitit.AutoExecutor(tmp_path / "logs", cluster="local")
+    executor.update_parameters(timeout_min=10)
+    job = executor.submit(SlurmTask(study.execute, ([execution], 1, 1), tmp_path / "stop", [run.directory]))
+    until = time.monotonic() + 120
+    while (read_progress(run.directory) or {"step": 0})["step"] < 6:
+        assert time.monotonic() < until, job.stderr()
+        time.sleep(0.1)
+    kernel = psutil.Process(int((run.directory / ".holder").read_text().split()[1]))
+    papermill = kernel.parent()
+    for process in (kernel, papermill, papermill.parent()):  # Slurm warns every process of a job
+        process.send_signal(signal.SIGUSR2)
+    assert job.result() is True and "continues after epoch" in job.stdout()
+    assert kill.end_of(run.directory) == alone(path, tmp_path / "alone")
