@@ -305,6 +305,14 @@ def _autocast(precision: str, device: torch.device) -> torch.autocast:
 # ---- 2. Training ---------------------------------------------------------------------------------------------------
 
 
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """`device`, or a GPU if there is one. ValueError if a GPU is asked for and torch finds none."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {str(device)!r} was asked for, but torch finds no CUDA GPU; use 'cpu'")
+    return device
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep what this process frees for its next step, where by default it hands large blocks back to the
     system and fetches them again at a page fault each 4 KiB. Does nothing where there is no glibc."""
@@ -572,9 +580,7 @@ def train(
     leaves the run to be continued. Any other error ends it with status "failed".
     """
     run_dir, about = Path(run_dir), dict(about or {})
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {str(device)!r} was asked for, but torch finds no CUDA GPU; use 'cpu'")
+    device = choose_device(device)
     if data.counts["train"] < config.batch_size:
         raise ValueError(f"batch_size: {config.batch_size} exceeds the training set's {data.counts['train']} images")
     dataset, cost = data.describe(), dataclasses.asdict(count_cost(model, config.resolution))

@@ -200,8 +200,8 @@ class Live:
         with Live(run):
             record = run.train(data)
 
-    HTML alone, which JupyterLab, VS Code, nbclient and papermill all show and save; no widgets. Where `effnet study`
-    executes the notebook nobody looks on, and a line per epoch suffices: nothing is shown.
+    HTML alone, which JupyterLab, VS Code, nbclient and papermill all show and save; no widgets. Where nobody looks on,
+    because `effnet study` executes the notebook, and outside notebooks a line per epoch suffices: nothing is shown.
     """
 
     def __init__(self, *runs: Run, seconds: float = 1.0):
@@ -209,10 +209,10 @@ class Live:
         self.ended, self.handle = threading.Event(), None
 
     def __enter__(self) -> "Live":
-        if "EFFNET_STOP" not in os.environ:
-            from IPython.display import display
+        from IPython import display, get_ipython
 
-            self.handle = display(self._bundle("waiting"), raw=True, display_id=True)
+        if "EFFNET_STOP" not in os.environ and get_ipython() is not None:
+            self.handle = display.display(self._bundle("waiting"), raw=True, display_id=True)
             target = contextvars.copy_context().run  # so that the kernel knows whose output it is
             self.thread = threading.Thread(target=target, args=(self._follow,), daemon=True)
             self.thread.start()

@@ -47,6 +47,7 @@ from effnet_lib import (
     VARIANTS,
     EfficientNet,
     Scaling,
+    choose_device,
     cost_by_stage,
     count_cost,
     create_model,
@@ -225,6 +226,9 @@ def study(
     runs = plan_runs(profile, results, methods, seeds)
     todo, analysed = _prepare(runs, retry)
     print(f"{profile.title}: {len(runs)} runs, {len(todo)} to do ({profile.stamp})", flush=True)
+    if todo and executor == "local":  # what is lacking is told once, and not by every notebook
+        choose_device(device)
+        load_data(**profile.data)
     kernels = {"device": device, "threads": threads, "executor": executor, "stop": stop}
     with live_table(profile, runs):
         waiting = [run for run in todo if run.state() == "waiting"]
@@ -444,7 +448,7 @@ def plan(
     runs = [run for run in runs if run not in waiting]
     if runs:
         data = load_data(**profile.data, download=False)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     _, threads = shares(len(runs), profile, device.type, jobs, threads)
     cores = torch.get_num_threads()
     torch.set_num_threads(threads or cores)
@@ -483,7 +487,7 @@ def bench(
     results: str | Path | None = None, *, device: str | None = None, rounds: int = 15, models: bool = False
 ) -> None:
     """Execute 06_throughput on this device, or 07_models; print its tables, which lie in RESULTS/throughput/DEVICE/."""
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = choose_device(device)
     folder, notebook = throughput_folder(kind, results), "07_models" if models else "06_throughput"
     parameters = {"device": kind.type, "results": results and str(Path(results).absolute())}
     run_notebook(notebook, folder / f"{notebook}.ipynb", parameters | ({} if models else {"rounds": rounds}))

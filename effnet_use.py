@@ -25,6 +25,7 @@ from effnet_lib import (
     EfficientNet,
     Scaling,
     TrainConfig,
+    choose_device,
     create_model,
     load_trained,
     published_weights,
@@ -219,7 +220,7 @@ def check_on_imagenet(
         raise ValueError(f"{folder} has {len(data.classes)} class folders, expected {len(weights.meta['categories'])}")
     count = min(images or len(data), len(data))
     chosen = np.random.default_rng(0).permutation(len(data))[:count].tolist()
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     model, right = model.eval().to(device, memory_format=torch.channels_last), np.zeros(2)
     workers = min(workers, os.cpu_count() or 1) if platform.system() == "Linux" else 0
     with torch.no_grad():

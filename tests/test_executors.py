@@ -1,12 +1,15 @@
 """Notebooks side by side, over Ray and by Slurm: what is killed, what fails, what is lacking."""
 
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
 import threading
 import time
+from unittest.mock import Mock
+from urllib.error import URLError
 
 import kill
 import psutil
@@ -198,3 +201,19 @@ def test_a_job_of_slurm_that_is_warned_stops_and_goes_on_when_it_is_started_agai
         process.send_signal(signal.SIGUSR2)
     assert job.result() is True and "continues after epoch" in job.stdout()
     assert kill.end_of(run.directory) == alone(path, tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    "changes, words, message",
+    [
+        ({"data": {"name": "cifar10"}}, [], "cifar10 is not at .*put cifar-10-python.tar.gz there by hand"),
+        ({}, ["--device", "cuda"], "device: 'cuda' was asked for, but torch finds no CUDA GPU; use 'cpu'"),
+    ],
+)
+def test_what_a_study_lacks_is_told_once(profile_file, tmp_path, monkeypatch, capsys, changes, words, message):
+    monkeypatch.setenv("EFFNET_DATA", str(tmp_path / "nothing"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", Mock(side_effect=URLError("no network")))
+    assert study.main(["study", str(profile_file(**changes)), "--results", str(tmp_path), *words]) == 2
+    said = capsys.readouterr().err
+    assert len(re.findall(message, said)) == 1 and "failed; see" not in said

@@ -2,6 +2,7 @@
 
 import re
 
+import IPython
 import IPython.display
 import pytest
 from conftest import Disturbed, write_record
@@ -37,6 +38,7 @@ def handle(monkeypatch):
         made.update(bundle, raw)
         return made
 
+    monkeypatch.setattr(IPython, "get_ipython", object)
     monkeypatch.setattr(IPython.display, "display", display)
     return made
 
@@ -132,7 +134,11 @@ def test_several_runs_are_a_table_and_a_study_shows_nothing(profile_file, tmp_pa
         write_record(runs[1])
     assert handle.shown[-1]["text/html"].count("<tr>") == 2 and "width, seed 0" in handle.shown[-1]["text/html"]
     before = len(handle.shown)
-    monkeypatch.setenv("EFFNET_STOP", str(tmp_path / "stop"))
+    with monkeypatch.context() as patch:
+        patch.setenv("EFFNET_STOP", str(tmp_path / "stop"))
+        with Live(*runs):
+            pass
+    monkeypatch.setattr(IPython, "get_ipython", lambda: None)  # a script
     with Live(*runs):
         pass
     assert len(handle.shown) == before
