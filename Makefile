@@ -1,9 +1,12 @@
 # make study [PROFILE=quick]   the whole experiment      make test   lint and tests
 # make report                  figures, README tables, report/, poster/ from results/
 # make lab                     JupyterLab                make clean  remove what was made here (never results of other profiles)
+# make test-browser            the notebooks in JupyterLab in a real browser, if Chromium is here; minutes
 PROFILE ?= quick
 PYTHON ?= python3
 export PYTHONUNBUFFERED = 1
+# As root, as in a container, JupyterLab starts only if told to
+AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 
 study: .venv/ready
 	.venv/bin/effnet study $(PROFILE)
@@ -11,13 +14,16 @@ study: .venv/ready
 test: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/pytest
+	.venv/bin/pytest -n 2 --dist loadfile
+
+test-browser: .venv/ready
+	.venv/bin/pytest -m browser -rs tests/test_browser.py
 
 report: .venv/ready
 	.venv/bin/python report/compose.py
 
 lab: .venv/ready
-	.venv/bin/jupyter lab --notebook-dir=. notebooks/00_architecture.ipynb
+	.venv/bin/jupyter lab $(AS_ROOT) --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_architecture.ipynb
 
 # The environment is complete only when .venv/ready exists: an interrupted installation starts over
 .venv/ready: requirements.txt pyproject.toml
@@ -31,4 +37,4 @@ lab: .venv/ready
 clean:
 	rm -rf .venv results/quick *.egg-info build .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: study test report lab clean
+.PHONY: study test test-browser report lab clean

@@ -771,4 +771,5 @@ def class_activation_map(model: EfficientNet, images: Tensor, classes: Tensor | 
     maps = torch.einsum("nc,nchw->nhw", model.classifier.weight[classes], features)
     maps = F.interpolate(maps[:, None], size=images.shape[-2:], mode="bilinear")[:, 0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return (maps - low) / (high - low).clamp_min(1e-12)
+    rounding = 1e-5 * torch.maximum(low.abs(), high.abs())  # a map of one pixel looks nowhere, and is not its noise
+    return (maps - low) / torch.maximum(high - low, rounding).clamp_min(1e-12)

@@ -195,6 +195,13 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> 
     return float((gap * table["images"]).sum() / table["images"].sum()), table
 
 
+def number(value: object) -> str:
+    """A cell of a table for people: whole numbers whole, others with two decimals, words as they are."""
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.2f}"
+
+
 # ---- 2. The command ------------------------------------------------------------------------------------------------
 
 

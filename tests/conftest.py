@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,30 @@ matplotlib.use("Agg")
 if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, and so are the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # else as asked, where other work goes on
+
+SMALL_PROFILE = {
+    "title": "Tiny",
+    "purpose": "check",
+    "data": {"name": "digits", "size": 16, "train_per_class": 4},
+    "base_resolution": 16,
+    "stem_stride": 2,
+    "methods": ["baseline", "depth", "width", "resolution", "compound"],
+    "seeds": [0],
+    "train": {"epochs": 1, "batch_size": 20, "optimizer": "sgd", "lr": 0.05, "norm_momentum": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium, or else the test is skipped."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium here: apt-get install chromium, or another package that brings one")
+    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright here: pip install playwright")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")
@@ -58,17 +83,7 @@ def profile_file(tmp_path):
     """A function that writes a small, valid profile with some keys changed (None removes one); returns its path."""
 
     def write(name: str = "tiny", **changes):
-        values = {
-            "title": "Tiny",
-            "purpose": "check",
-            "data": {"name": "digits", "size": 16, "train_per_class": 4},
-            "base_resolution": 16,
-            "stem_stride": 2,
-            "methods": ["baseline", "depth", "width", "resolution", "compound"],
-            "seeds": [0],
-            "train": {"epochs": 1, "batch_size": 20, "optimizer": "sgd", "lr": 0.05, "norm_momentum": 0.1},
-        }
-        values = {key: value for key, value in (values | changes).items() if value is not None}
+        values = {key: value for key, value in (SMALL_PROFILE | changes).items() if value is not None}
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(values))
         return path

@@ -255,6 +255,15 @@ def test_activation_maps_are_the_weighted_last_features():
     torch.testing.assert_close(class_activation_map(model, images), class_activation_map(model, images, predicted))
 
 
+def test_a_map_of_one_pixel_looks_nowhere(tiny_model):
+    """Enlarged, it is the same everywhere but for rounding, which is not to be taken for a pattern."""
+    model, images = tiny_model().eval(), torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert model.features(images).shape[-2:] == (1, 1)
+    model.classifier.weight.data *= 1e6  # as large as those of a network that has learnt
+    maps = class_activation_map(model, images)
+    assert (maps.amax((1, 2)) - maps.amin((1, 2))).max() < 0.5
+
+
 # ---- the same sums, faster
 
 

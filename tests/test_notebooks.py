@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import write_record
+from nbclient import NotebookClient
 
 import effnet_study as study
 from effnet_lib import TABLE7
@@ -259,6 +260,23 @@ def test_a_notebook_runs_by_papermill_alone_from_its_own_folder(profile_file, tm
     done = subprocess.run([*command, *words], cwd=study.NOTEBOOKS, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert study.Run.plan(path, "width", 0, tmp_path).state() == "finished"
+
+
+def test_a_copy_in_a_foreign_folder_runs_as_an_editor_runs_it(profile_file, tmp_path, monkeypatch):
+    """No papermill, no injected cell; the kernel starts in the copy's folder, as VS Code and nbclient start it."""
+    monkeypatch.setenv("VSCODE_PID", "1")
+    monkeypatch.setenv("VSCODE_CWD", "/")
+    folder, results = tmp_path / "another folder", tmp_path / "results"
+    folder.mkdir()
+    book = nbformat.read(study.NOTEBOOKS / "02_single_axis_scaling.ipynb", as_version=4)
+    edited = book.cells[1].source.replace('"quick"', repr(str(profile_file(methods=["depth"]))))
+    book.cells[1].source = edited.replace("results = None", f"results = {str(results)!r}")
+    NotebookClient(book, kernel_name="python3", timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert "test top-1" in str(outputs) and not any(output.get("name") == "stderr" for output in outputs)
+    assert study.Run.plan(tmp_path / "tiny.yaml", "depth", 0, results).state() == "finished"
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize(

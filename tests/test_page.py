@@ -19,7 +19,6 @@ pytest.importorskip("vl_convert")
 from evidence import find_studies, outcome
 from page import build_page, spread
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OTHERS = {"report.pdf", "../poster/poster.pdf", "../README.md"}  # what else `make report` and the repository bring
 MACHINE = re.compile(r"/tmp/|/work\b|/root\b|/home/")
 
@@ -180,16 +179,6 @@ def test_missing_tables_histories_and_seeds_are_named(tmp_path):
 
 
 # ---- in a browser --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here")
-    with pytest.importorskip("playwright.sync_api").sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

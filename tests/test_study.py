@@ -396,3 +396,10 @@ def test_train_works_without_a_notebook(profile_file, tmp_path, capsys):
     table = study.load_runs(path, tmp_path)
     assert table["status"].tolist()[0] == "finished"
     assert isinstance(table, pd.DataFrame) and len(study.load_history(table["directory"][0])) == 1
+
+
+@pytest.mark.parametrize(
+    "value, text", [(4_020_358.0, "4,020,358"), (0.666, "0.67"), (24, "24"), (1234.5, "1,234.50"), ("depth", "depth")]
+)
+def test_numbers_are_written_as_people_do(value, text):
+    assert study.number(value) == text
