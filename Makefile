@@ -14,7 +14,7 @@ study: .venv/ready
 test: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/pytest -n 2 --dist loadfile
+	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-browser: .venv/ready
 	.venv/bin/pytest -m browser -rs tests/test_browser.py

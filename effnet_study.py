@@ -57,7 +57,7 @@ from effnet_lib import (
     write_json,
 )
 from effnet_live import Live, live_table, print_status, watch  # noqa: F401 - Live is passed on to the notebooks
-from effnet_records import save_figure, save_table  # noqa: F401 - passed on to the notebooks
+from effnet_records import read_record, save_figure, save_table  # noqa: F401 - passed on to the notebooks
 from effnet_runs import (  # noqa: F401 - some of them only passed on
     COEFFICIENTS,
     COLORS,

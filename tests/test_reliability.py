@@ -284,6 +284,8 @@ def test_a_disk_that_is_full_at_any_write_loses_nothing(tmp_path, digits, tiny_m
 
     def fails_once(path, content):
         nonlocal left
+        if path.name.startswith(".progress"):  # may fail, and how often it is written is a matter of time
+            return write(path, content)
         left -= 1
         write(path, content if left else content[: len(content) // 2])
         if left == 0:

@@ -261,7 +261,7 @@ def test_the_plan_prices_what_is_to_do(profile_file, tmp_path, capsys):
     write_record(study.Run.plan(path, "baseline", 0, tmp_path))
     table = study.plan(path, tmp_path, device="cpu", seconds=2)
     assert table[["method", "seed"]].values.tolist() == [["width", 0], ["baseline", 1], ["width", 1]]
-    assert (table["flops"] > 1e6).all() and table["seconds"][0] == table["seconds"][2] > table["seconds"][1] > 0
+    assert (table["flops"] > 1e6).all() and table["seconds"][0] == table["seconds"][2] > 0 and table["seconds"][1] > 0
     words = ["plan", str(path), "--results", str(tmp_path), "--device", "cpu", "--seconds", "2", "--jobs", "2"]
     assert study.main(words) == 0
     out = capsys.readouterr().out
@@ -385,7 +385,7 @@ def test_status_lists_every_run(profile_file, tmp_path, capsys):
     write_record(runs[1], status="diverged", diverged={"epoch": 2, "step": 7, "lr": 0.05})
     assert study.main(["status", str(path), "--results", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "61.50" in out and out.count("missing") == 3
+    assert "61.50" in out and "1 finished, 1 diverged, 3 missing" in out
     assert "diverged in epoch 2, step 7, at LR 0.05; run it again with --retry" in out
 
 
