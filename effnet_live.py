@@ -60,6 +60,7 @@ def _row(run: Run) -> dict:
     state = run.state()
     names = ("px", "flops", "epochs", "step", "steps", "train_loss", "minival_top1", "top1", "top5")
     row = {"method": getattr(run, "name", run.method), "seed": run.seed, "state": state, **dict.fromkeys(names)}
+    row["on_minival"] = run.about.get("scored") == "minival" if state == "finished" else False
     row |= {"done": 0.0, "images_per_second": None, "seconds": None, "left": None}
     if state == "waiting":
         return row
@@ -264,8 +265,9 @@ def _bar(row) -> str:
 def _sentence(row) -> str:
     """How far a run is, in words."""
     if row.state == "finished":
-        scores = f"top-1 {row.top1:.2f} %, {row.images_per_second:,.0f} images/s, {_time(row.seconds)}"
-        return f"finished after {int(row.epochs)} epochs: {scores}"
+        epochs, scored = int(row.epochs), "minival " * row.on_minival
+        scores = f"{scored}top-1 {row.top1:.2f} %, {row.images_per_second:,.0f} images/s, {_time(row.seconds)}"
+        return f"finished after {epochs} epoch{'s' * (epochs > 1)}: {scores}"
     words = [row.state]
     if row.done:
         words.append(f"epoch {min(int(row.done) + 1, int(row.epochs))} of {int(row.epochs)}")
