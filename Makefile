@@ -25,11 +25,12 @@ report: .venv/ready
 lab: .venv/ready
 	.venv/bin/jupyter lab $(AS_ROOT) --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_architecture.ipynb
 
-# The environment is complete only when .venv/ready exists: an interrupted installation starts over
+# The environment is complete only when .venv/ready exists: an interrupted installation starts over, and so does one that
+# another Python began
 .venv/ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ..."; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || $(PYTHON) -m venv --clear .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
