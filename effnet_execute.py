@@ -441,8 +441,9 @@ def submit_to_slurm(
     """Hand notebooks over as one array job, and closing(*arguments, stop=FILE) as a job that follows it; the submitted
     jobs, the closing one last.
 
-    seconds: the time of each job, after which it is queued again. jobs: at most so many at a time. Logs and scripts go
-    to FOLDER/slurm. Partition, account and the like are those of sbatch's own $SBATCH_PARTITION, $SBATCH_ACCOUNT.
+    seconds: the time of each job, after which it is queued again. jobs: at most so many at a time. threads: CPUs of
+    each (default: 4 for each GPU, else one). Logs and scripts go to FOLDER/slurm. Partition, account and the like are
+    those of sbatch's own $SBATCH_PARTITION, $SBATCH_ACCOUNT.
     """
     try:
         import submitit
@@ -454,11 +455,11 @@ def submit_to_slurm(
     except RuntimeError as error:
         raise RuntimeError(f"executor slurm: {error}") from None
     options = {"timeout_min": math.ceil(seconds / 60), "nodes": 1, "tasks_per_node": 1, "gpus_per_node": gpus or None}
-    options |= {"cpus_per_task": threads or 1, "slurm_array_parallelism": jobs or max(1, len(executions))}
+    options |= {"cpus_per_task": threads or 4 * gpus or 1, "slurm_array_parallelism": jobs or max(1, len(executions))}
     again = {"requeue": True}
     executor.update_parameters(name=f"effnet-{folder.name}", **options, slurm_additional_parameters=again)
     submitted = []
-    with executor.batch():
+    with executor.batch() if executions else contextlib.nullcontext():
         for number, execution in enumerate(executions):
             stop, folders = place / f".stop.{number}", [execution.folder] if execution.folder else []
             task = SlurmTask(execute, ([execution], 1, threads, gpus), stop, folders)

@@ -174,6 +174,20 @@ def test_slurm_is_given_one_array_job_and_one_that_follows(profile_file, tmp_pat
     assert "effnet status" in capsys.readouterr().out
 
 
+def test_slurm_is_asked_for_no_gpu_by_a_study_on_the_cpu_that_is_only_to_be_closed(profile_file, tmp_path, fake_slurm):
+    pytest.importorskip("submitit")
+    path = profile_file(methods=["baseline"])
+    run = study.Run.plan(path, "baseline", 0, tmp_path)
+    write_record(run)
+    run.executed.parent.mkdir()
+    run.executed.touch()
+    words = ["--executor", "slurm", "--device", "cpu"]
+    assert study.main(["study", str(path), "--results", str(tmp_path), *words]) == 0
+    (closing,) = fake_slurm()
+    assert not [line for line in closing if "gpus" in line or "dependency" in line]
+    assert "#SBATCH --time=60" in closing and "#SBATCH --cpus-per-task=1" in closing
+
+
 def test_without_slurm_that_is_said(profile_file, tmp_path, capsys, monkeypatch):
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
