@@ -403,11 +403,11 @@ class SlurmTask:
     """What submitit calls on a node: work(*arguments, stop=FILE), which returns whether all went well.
 
     Slurm's warning, before the time is up or for a job of higher priority, has it stop with a checkpoint and queued
-    again; it then goes on from there.
+    again; it then goes on from there. folder: where the runs lie that it trains.
     """
 
-    def __init__(self, work: Callable[..., bool], arguments: tuple, stop: Path, folders: Sequence[Path]):
-        self.work, self.arguments, self.stop, self.folders = work, arguments, stop, folders
+    def __init__(self, work: Callable[..., bool], arguments: tuple, stop: Path, folder: Path):
+        self.work, self.arguments, self.stop, self.folder = work, arguments, stop, folder
 
     def __call__(self) -> bool:
         self.stop.unlink(missing_ok=True)
@@ -421,7 +421,7 @@ class SlurmTask:
 
         self.stop.touch()
         until = time.monotonic() + GRACE
-        while any(holder_of(folder) is not None for folder in self.folders) and time.monotonic() < until:
+        while any(holder_of(lock.parent) for lock in self.folder.rglob(".lock")) and time.monotonic() < until:
             time.sleep(0.2)
         return submitit.helpers.DelayedSubmission(self)
 
@@ -461,12 +461,10 @@ def submit_to_slurm(
     submitted = []
     with executor.batch() if executions else contextlib.nullcontext():
         for number, execution in enumerate(executions):
-            stop, folders = place / f".stop.{number}", [execution.folder] if execution.folder else []
-            task = SlurmTask(execute, ([execution], 1, threads, gpus), stop, folders)
-            submitted.append(executor.submit(task))
+            task = ([execution], 1, threads, gpus), place / f".stop.{number}", execution.folder or place
+            submitted.append(executor.submit(SlurmTask(execute, *task)))
     if submitted:
         again = again | {"dependency": f"afterany:{submitted[0].job_id.partition('_')[0]}"}
     executor.update_parameters(name=f"effnet-{folder.name}-closing", slurm_additional_parameters=again)
-    folders = [execution.folder for execution in executions if execution.folder]
-    submitted.append(executor.submit(SlurmTask(closing, arguments, place / ".stop.closing", folders)))
+    submitted.append(executor.submit(SlurmTask(closing, arguments, place / ".stop.closing", folder)))
     return submitted

@@ -204,7 +204,7 @@ def test_a_job_of_slurm_that_is_warned_stops_and_goes_on_when_it_is_started_agai
     execution = study.Execution("about", "01_baseline_b0", run.executed, parameters, run.directory)
     executor = submitit.AutoExecutor(tmp_path / "logs", cluster="local")
     executor.update_parameters(timeout_min=10)
-    job = executor.submit(SlurmTask(study.execute, ([execution], 1, 1), tmp_path / "stop", [run.directory]))
+    job = executor.submit(SlurmTask(study.execute, ([execution], 1, 1), tmp_path / "stop", run.directory))
     until = time.monotonic() + 120
     while (read_progress(run.directory) or {"step": 0})["step"] < 6:
         assert time.monotonic() < until, job.stderr()
