@@ -171,7 +171,8 @@ def live_table(profile: Profile, runs: Sequence[Run]) -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
-    options = {"refresh_per_second": 1, "transient": True}  # whoever comes next prints it as it is in the end
+    # Drawing reads every record anew. Whoever comes next prints the table as it is in the end.
+    options = {"refresh_per_second": 0.5, "transient": True}
     with RichLive(console=console, get_renderable=lambda: _table_or_reason(profile, runs, console.width), **options):
         yield
 
