@@ -30,7 +30,9 @@ lab: .venv/ready
 .venv/ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ..."; exit 1; }
-	$(PYTHON) -m venv .venv || $(PYTHON) -m venv --clear .venv
+	@v='import sys; print(sys.version_info[:2])'; \
+		[ "$$(.venv/bin/python -c "$$v" 2>&1)" = "$$($(PYTHON) -c "$$v")" ] || rm -rf .venv
+	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@

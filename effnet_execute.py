@@ -25,11 +25,12 @@ from pathlib import Path
 import nbformat
 import torch
 
-from effnet_lib import Interrupted, holder_of, unknown_name
+from effnet_lib import Interrupted, Killed, gpu_count, holder_of, unknown_name
 from effnet_runs import NOTEBOOKS, ROOT, TRAINED_BY, Profile, family
 
 GRACE = 20  # seconds for a notebook to stop in once it is asked to
 STARTING = 20  # seconds: with less of its time left, a study starts no further notebook
+SEEN = 70  # seconds until every machine that shares a file system sees a new file, by NFS's defaults
 RETRIES = 2  # further attempts at a notebook whose process was killed; one that fails by itself gets none
 TRY_AGAIN = os.EX_TEMPFAIL  # exit status 75: stopped in time, to be continued by the same command
 KILLED = os.EX_SOFTWARE  # exit status 70, of _EXECUTE: the kernel died
@@ -79,24 +80,23 @@ def check_notebook(notebook: str, namespace: Mapping[str, object]) -> None:
         raise ValueError(f"method {values['method']!r} is trained by {trained_by}, not by {notebook}")
 
 
-class Killed(RuntimeError):
-    """A notebook's kernel, or papermill, was killed from outside, say for want of memory: worth another attempt."""
-
-
 # Papermill has a process of its own. Signals meant for training do not end it: it waits for the kernel, which stops.
 # Slurm's warning (SIGUSR2) goes to every process of a job, but is for submitit's alone; the kernel inherits that.
-# It does not outlive who started it (prctl: Linux only), nor does the kernel outlive it.
+# It does not outlive who started it (prctl: Linux only), nor the kernel it. Slow imports come after that.
 _EXECUTE = """
-import ctypes, json, signal, sys, nbclient, papermill
+import ctypes, os, signal, sys
 getattr(ctypes.CDLL(None), "prctl", lambda *_: None)(1, signal.SIGKILL)
+if os.getppid() != int(sys.argv[2]):
+    sys.exit(70)
 signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: None)
+import json, nbclient, papermill
 try:
     papermill.execute_notebook(**json.loads(sys.argv[1]), stdout_file=sys.stdout, stderr_file=sys.stderr)
 except papermill.PapermillExecutionError as error:
     print(error.evalue if error.ename == "Interrupted" else f"{error.ename}: {error.evalue}", file=sys.stderr)
-    sys.exit(75 if error.ename == "Interrupted" else 1)
+    sys.exit({"Interrupted": 75, "Killed": 70}.get(error.ename, 1))
 except nbclient.exceptions.DeadKernelError:
     sys.exit(70)
 except Exception as error:
@@ -162,7 +162,7 @@ def run_notebook(
     with tempfile.TemporaryDirectory() as folder:
         stop = stop or Path(folder) / "stop"
         environment["EFFNET_STOP"] = str(stop)
-        command = [sys.executable, "-c", _EXECUTE, json.dumps(arguments)]
+        command = [sys.executable, "-c", _EXECUTE, json.dumps(arguments), str(os.getpid())]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
         try:
@@ -213,12 +213,12 @@ def shares(
     for name, value in {"jobs": jobs, "threads": threads}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {value}")
-    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    gpus = gpu_count(device)
     cores, processes = torch.get_num_threads(), gpus_per_run(profile, gpus) or 1
     if jobs is None:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**32
         jobs = max(1, min(gpus // processes, count) if gpus else min(cores // processes, count, memory))
-    if threads is None and not gpus:
+    if threads is None and (not gpus or jobs > 1):
         threads = max(1, cores // (jobs * processes))
     return jobs, threads
 
@@ -267,8 +267,8 @@ def _slots(jobs: int, gpus: int) -> list[dict[str, str]]:
     if jobs == 1 or gpus == 0:
         return [{}] * jobs
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    chosen = [[names[(i * gpus + k) % len(names)] for k in range(gpus)] for i in range(jobs)]
+    names = visible.split(",") if visible else [str(i) for i in range(gpu_count())]
+    chosen = [dict.fromkeys(names[(i * gpus + k) % len(names)] for k in range(gpus)) for i in range(jobs)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in chosen]
 
 
@@ -323,19 +323,20 @@ def execute_on_ray(
     GPUs, else one). A worker that dies is replaced, and its notebook goes on from the run's checkpoint. RuntimeError if
     no machine has enough for one: Ray itself would wait for ever.
     """
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # two runs may well say the same
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError:
         raise RuntimeError("executor ray: Ray is not installed; pip install 'effnet-study[ray]'") from None
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # two runs may well say the same
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ours = not ray.is_initialized()
     if ours:
         handler = signal.getsignal(signal.SIGTERM)
-        ray.init(logging_level="WARNING")
+        ray.init(os.environ.get("RAY_ADDRESS") or "local", logging_level="WARNING")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray's own would exit with another status
     stop = stop or executions[0].output.parents[1] / f".stop.{os.getpid()}"
+    stop.unlink(missing_ok=True)
     pending, todo, good = {}, list(reversed(executions)), True
     try:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -363,7 +364,7 @@ def execute_on_ray(
     except BaseException:
         if pending:
             stop.touch()
-            ray.wait(list(pending), num_returns=len(pending), timeout=GRACE + 10)
+            ray.wait(list(pending), num_returns=len(pending), timeout=GRACE + SEEN)
         raise
     finally:
         stop.unlink(missing_ok=True)
@@ -436,7 +437,6 @@ def submit_to_slurm(
     jobs: int | None,
     threads: int | None,
     gpus: int,
-    cluster: str = "slurm",
 ) -> list:
     """Hand notebooks over as one array job, and closing(*arguments, stop=FILE) as a job that follows it; the submitted
     jobs, the closing one last.
@@ -449,20 +449,24 @@ def submit_to_slurm(
         import submitit
     except ImportError:
         raise RuntimeError("executor slurm: submitit is not installed; pip install 'effnet-study[slurm]'") from None
-    place = folder / "slurm"
+    if seconds < 300:
+        raise ValueError(f"time budget: expected at least 5m for Slurm, which warns 90 s before, got {seconds:.0f} s")
+    place, cpus = folder / "slurm", threads or 4 * gpus or 1
     try:
-        executor = submitit.AutoExecutor(place, cluster=cluster, slurm_max_num_timeout=10_000)
+        executor = submitit.AutoExecutor(place, cluster="slurm", slurm_max_num_timeout=10_000)
     except RuntimeError as error:
         raise RuntimeError(f"executor slurm: {error}") from None
     options = {"timeout_min": math.ceil(seconds / 60), "nodes": 1, "tasks_per_node": 1, "gpus_per_node": gpus or None}
-    options |= {"cpus_per_task": threads or 4 * gpus or 1, "slurm_array_parallelism": jobs or max(1, len(executions))}
+    options |= {"cpus_per_task": cpus, "slurm_array_parallelism": jobs or max(1, len(executions))}
+    options |= {"slurm_srun_args": [f"--cpus-per-task={cpus}"]}  # which it does not take over from sbatch
     again = {"requeue": True}
     executor.update_parameters(name=f"effnet-{folder.name}", **options, slurm_additional_parameters=again)
     submitted = []
     with executor.batch() if executions else contextlib.nullcontext():
         for number, execution in enumerate(executions):
-            task = ([execution], 1, threads, gpus), place / f".stop.{number}", execution.folder or place
-            submitted.append(executor.submit(SlurmTask(execute, *task)))
+            arguments_here = [execution], 1, threads or (None if gpus else 1), gpus
+            task = SlurmTask(execute, arguments_here, place / f".stop.{number}", execution.folder or place)
+            submitted.append(executor.submit(task))
     if submitted:
         again = again | {"dependency": f"afterany:{submitted[0].job_id.partition('_')[0]}"}
     executor.update_parameters(name=f"effnet-{folder.name}-closing", slurm_additional_parameters=again)

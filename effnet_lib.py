@@ -305,6 +305,11 @@ def _autocast(precision: str, device: torch.device) -> torch.autocast:
 # ---- 2. Training ---------------------------------------------------------------------------------------------------
 
 
+def gpu_count(device: str | torch.device | None = None) -> int:
+    """How many GPUs there are to train on; none if `device` is the CPU, or the driver is too old for torch."""
+    return 0 if str(device) == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
+
+
 def choose_device(device: str | torch.device | None = None) -> torch.device:
     """`device`, or a GPU if there is one. ValueError if a GPU is asked for and torch finds none."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -508,6 +513,10 @@ class Interrupted(KeyboardInterrupt):
         return [f"{str(self).strip()}. Run the cell again to go on."]
 
 
+class Killed(RuntimeError):
+    """A process that trains was killed from outside, say for want of memory: the same call goes on from there."""
+
+
 class _Stop:
     """Whether training is to stop: the time is up, the file $EFFNET_STOP is there, or SIGTERM or SIGINT came, which
     meanwhile only leave word here.
@@ -604,14 +613,17 @@ def train(
         head = {"status": "failed", **about, "seed": config.seed}
         head |= {"config": dataclasses.asdict(config), "cost": cost, "dataset": dataset}
         head |= environment(device)  # the code that runs, not what it becomes
-        stop, note = _Stop(deadline), event_writer(run_dir) if first else lambda row: None
-
-        def each_row(row: dict) -> bool | None:
-            note(row)
-            return each_epoch(row) if each_epoch is not None else False
-
+        if checkpoint is None and first:  # of an attempt that was set aside
+            for name in ("history.jsonl", PROGRESS):
+                (run_dir / name).unlink(missing_ok=True)
+        stop = _Stop(deadline)
         try:
-            with stop:
+            with stop, event_writer(run_dir if first else None) as note:
+
+                def each_row(row: dict) -> bool | None:
+                    note(row)
+                    return each_epoch(row) if each_epoch is not None else False
+
                 place = (run_dir, device, label, checkpoint, identity, stop)
                 record = head | _train(model, data, config, *place, each_row)
         except OSError:  # a full disk, a folder that is gone: the machine's failure, not the run's
@@ -685,7 +697,7 @@ def launch(processes: int, work: Callable, arguments: tuple, run_dir: Path) -> s
             kind = {"Held": Held, "Mismatch": Mismatch}.get(name) or getattr(builtins, name, Exception)
             said = f"process {rank} of {processes}: {said}"
             if failure.exitcode < 0:
-                raise RuntimeError(f"{said}; run again to go on") from None
+                raise Killed(f"{said}; run again to go on") from None
             if issubclass(kind, OSError | Held | Mismatch):
                 raise kind(said) from None
             return said

@@ -21,8 +21,9 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live as RichLive
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -40,12 +41,25 @@ ENDED = ("finished", "failed", "diverged", "pruned", "stale", "damaged")
 # ---- 1. How far runs are -------------------------------------------------------------------------------------------
 
 
-def progress(runs: Sequence[Run]) -> pd.DataFrame:
+def progress(runs: Sequence[Run], known: dict | None = None) -> pd.DataFrame:
     """How far runs are, a row each: state, epochs done (with a fraction) and in all, step and steps of the epoch that
     is under way, training loss, minival top-1 of the last epoch, test top1 and top5 of a finished one,
     images_per_second, seconds trained, and seconds left, as far as that can be told: those of a run that has not
-    started are the seconds of another seed of its method."""
-    rows = [_row(run) for run in runs]
+    started are the seconds of another seed of its method.
+
+    known: kept from call to call, the rows of runs that have ended, which are not read anew.
+    """
+    known, rows = {} if known is None else known, []
+    for run in runs:
+        path = run.directory / "run.json" if not run.waiting else None
+        ended = path.stat().st_mtime_ns if path is not None and path.exists() else None
+        if ended is None or (path, ended) not in known:
+            row = _row(run)
+            if ended is not None and row["state"] in ENDED:
+                known[path, ended] = row
+        else:
+            row = known[path, ended]
+        rows.append(dict(row))
     whole = {}
     for row in rows:
         if row["state"] in ("running", "finished") and row["seconds"] and row["left"] is not None:
@@ -75,8 +89,8 @@ def _row(run: Run) -> dict:
             last = history.iloc[-1]
             row |= {name: float(last[name]) for name in ("train_loss", "minival_top1", "images_per_second")}
             row |= {"done": float(len(history)), "seconds": float(history["seconds"].sum())}
-    if state == "finished":
-        record = read_record(run.directory)
+    record = read_record(run.directory) if state == "finished" else None
+    if record is not None:
         row |= {"flops": record["cost"]["flops"], **{name: record["test"][name] for name in ("top1", "top5")}}
         row |= {"done": float(row["epochs"]), "seconds": record["seconds"]}
         row["images_per_second"] = record["images_per_second"]
@@ -103,35 +117,58 @@ def _number(value: float | None, form: str) -> str:
 # ---- 2. In the terminal --------------------------------------------------------------------------------------------
 
 
-def status_table(profile: Profile, runs: Sequence[Run], width: int = PLAIN_WIDTH) -> Table:
-    """`progress` for people: method, seed, state, cost, epochs, scores, images/s, time taken and left; in less than 110
-    characters without what can best be spared."""
-    rows = progress(runs)
+SPARED = ("top-5 %", "px", "FLOPs (B)", "time", "", "images/s", "seed")  # columns, the first to go first
+
+
+def status_table(
+    profile: Profile, runs: Sequence[Run], console: Console | None = None, lines: int | None = None, known=None
+) -> Table:
+    """`progress` for people: method, seed, state, cost, epochs, scores, images/s, time taken and left; without what can
+    best be spared where the console is too narrow. lines: at most so many runs, those that are under way first."""
+    console, rows = console or _console(), progress(runs, known)
     count = rows["state"].value_counts()
     counted = ", ".join(f"{count[state]} {state}" for state in dict.fromkeys(rows["state"]))
     under_way = rows["left"][rows["state"].isin(["running", "interrupted", "missing", "waiting"])]
     if len(under_way) and under_way.notna().all():
         at_a_time = max(1, count.get("running", 1))
         counted += f"; about {_time(max(under_way.max(), under_way.sum() / at_a_time))} left"
-    title, wide = f"{profile.title} ({profile.stamp})", width >= 110
-    options = {"title_justify": "left", "caption_justify": "left", "pad_edge": False, "collapse_padding": True}
-    table = Table(title=title, caption=counted, box=box.SIMPLE_HEAD, **options)
+    if lines is not None and len(rows) > lines:
+        order = rows["state"].map({"running": 0, "interrupted": 1}).fillna(2)
+        rows = rows.loc[order.sort_values(kind="stable").index[: max(1, lines)].sort_values()]
     names = ["method", "seed", "state", "px", "FLOPs (B)", "epochs", "", "minival %", "top-1 %", "top-5 %", "images/s"]
-    kept = [name for name in [*names, "time", "left"] if wide or name not in ("px", "FLOPs (B)", "top-5 %", "time")]
-    for name in kept:
-        justify = "left" if name in ("method", "state", "") else "right"
-        table.add_column(name, justify=justify, no_wrap=True)
-    for row in rows.itertuples():
-        known = not pd.isna(row.epochs)
-        bar = ProgressBar(row.epochs, row.done, width=8) if known and row.state in ("running", "interrupted") else ""
-        cells = {"method": row.method, "seed": str(row.seed), "state": Text(row.state, STYLES.get(row.state, "dim"))}
-        cells |= {"px": _number(row.px, ".0f"), "FLOPs (B)": _number(row.flops and row.flops / 1e9, ".4f"), "": bar}
-        cells |= {"epochs": f"{int(row.done)}/{int(row.epochs)}" if known else ""}
-        cells |= {"minival %": _number(row.minival_top1, ".2f"), "top-1 %": _number(row.top1, ".2f")}
-        cells |= {"top-5 %": _number(row.top5, ".2f"), "images/s": _number(row.images_per_second, ",.0f")}
-        cells |= {"time": _time(row.seconds), "left": "" if row.left == 0 else _time(row.left)}
-        table.add_row(*(cells[name] for name in kept))
-    return table
+    names, spared = [*names, "time", "left"], list(reversed(SPARED))
+    while True:
+        title = f"{profile.title} ({profile.stamp})\n{counted}"
+        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True)
+        for name in names:
+            table.add_column(name, justify="left" if name in ("method", "state", "") else "right", no_wrap=True)
+        for row in rows.itertuples():
+            table.add_row(*(cell for name, cell in _cells(row).items() if name in names))
+        needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+        if not spared or needed <= console.width:
+            return table
+        names.remove(spared.pop())
+
+
+def _cells(row) -> dict[str, RenderableType]:
+    """A run's line of the table, by column."""
+    known = not pd.isna(row.epochs)
+    bar = ProgressBar(row.epochs, row.done, width=8) if known and row.state in ("running", "interrupted") else ""
+    return {
+        "method": row.method,
+        "seed": str(row.seed),
+        "state": Text(row.state, STYLES.get(row.state, "dim")),
+        "px": _number(row.px, ".0f"),
+        "FLOPs (B)": _number(row.flops and row.flops / 1e9, ".4f"),
+        "epochs": f"{int(row.done)}/{int(row.epochs)}" if known else "",
+        "": bar,
+        "minival %": _number(row.minival_top1, ".2f"),
+        "top-1 %": _number(row.top1, ".2f"),
+        "top-5 %": _number(row.top5, ".2f"),
+        "images/s": _number(row.images_per_second, ",.0f"),
+        "time": _time(row.seconds),
+        "left": "" if row.left == 0 else _time(row.left),
+    }
 
 
 def _console() -> Console:
@@ -144,7 +181,7 @@ def print_status(profile: Profile, results: str | Path | None = None) -> None:
     runs = plan_runs(profile, results)
     print()
     console = _console()
-    console.print(status_table(profile, runs, console.width))
+    console.print(status_table(profile, runs, console))
     for run in runs:
         state = run.state()
         if state in ("failed", "diverged"):
@@ -171,17 +208,16 @@ def live_table(profile: Profile, runs: Sequence[Run]) -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
-    # Drawing reads every record anew. Whoever comes next prints the table as it is in the end.
-    options = {"refresh_per_second": 0.5, "transient": True}
-    with RichLive(console=console, get_renderable=lambda: _table_or_reason(profile, runs, console.width), **options):
+    known, options = {}, {"refresh_per_second": 0.5, "transient": True}  # who comes next prints how it is in the end
+
+    def draw() -> Table | str:
+        try:  # in rich's thread, which an error, of a file system that is gone, would end
+            return status_table(profile, runs, console, console.height - 8, known)
+        except (OSError, ValueError, TypeError) as error:
+            return f"no status: {error}"
+
+    with RichLive(console=console, get_renderable=draw, **options):
         yield
-
-
-def _table_or_reason(profile: Profile, runs: Sequence[Run], width: int) -> Table | str:
-    try:  # in rich's thread, which an error, of a file system that is gone, would end
-        return status_table(profile, runs, width)
-    except (OSError, ValueError) as error:
-        return f"no status: {error}"
 
 
 def watch(profile: Profile, results: str | Path | None = None) -> None:
@@ -207,34 +243,37 @@ class Live:
     """
 
     def __init__(self, *runs: Run, seconds: float = 1.0):
-        self.runs, self.seconds, self.drawn = runs, seconds, (0, "")
+        self.runs, self.seconds, self.known, self.drawn = runs, seconds, {}, (0, "")
         self.ended, self.handle = threading.Event(), None
 
     def __enter__(self) -> "Live":
         from IPython import display, get_ipython
 
         if "EFFNET_STOP" not in os.environ and get_ipython() is not None:
-            self.handle = display.display(self._bundle("waiting"), raw=True, display_id=True)
+            self.handle = display.display({"text/plain": ""}, raw=True, display_id=True)
+            self._show("waiting")
             target = contextvars.copy_context().run  # so that the kernel knows whose output it is
             self.thread = threading.Thread(target=target, args=(self._follow,), daemon=True)
             self.thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self.handle is None:
-            return
-        self.ended.set()
-        self.thread.join()
-        stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.handle.update(self._bundle("finished" if kind is None else "stopped" if stopped else "failed"), raw=True)
+        if self.handle is not None:
+            self.ended.set()
+            self.thread.join()
+            stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
+            self._show("finished" if kind is None else "stopped" if stopped else "failed")
 
     def _follow(self) -> None:
         while not self.ended.wait(self.seconds):
-            with contextlib.suppress(OSError, ValueError):  # a file that is being replaced: the next time, then
-                self.handle.update(self._bundle("running"), raw=True)
+            self._show("running")
+
+    def _show(self, state: str) -> None:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # what is only seen must not end what is trained
+            self.handle.update(self._bundle(state), raw=True)
 
     def _bundle(self, state: str) -> Mapping[str, str]:
-        rows = progress(self.runs)
+        rows = progress(self.runs, self.known)
         text = "\n".join(f"{row.method}, seed {row.seed}: {_sentence(row)}" for row in rows.itertuples())
         if len(rows) > 1:
             body = "".join(

@@ -4,6 +4,7 @@ Nothing here knows of networks or of training. effnet_lib and effnet_study pass 
 """
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import io
@@ -125,12 +126,13 @@ def hold(run_dir: Path) -> Iterator[None]:
 
 def holder_of(run_dir: Path) -> str | None:
     """Who trains a run now, in words; None if nobody does."""
-    if not (run_dir / ".lock").exists():
-        return None
     try:
-        with filelock.FileLock(run_dir / ".lock", blocking=False):
+        with open(run_dir / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, that others who look are not taken for a holder
             return None
-    except filelock.Timeout:
+    except FileNotFoundError:
+        return None
+    except BlockingIOError:
         path = run_dir / ".holder"
         return path.read_text() if path.exists() else "unknown"
 
@@ -155,15 +157,15 @@ def read_progress(run_dir: Path) -> dict | None:
         return None
 
 
-def event_writer(run_dir: Path) -> Callable[[Mapping], None]:
+@contextlib.contextmanager
+def event_writer(run_dir: Path | None) -> Iterator[Callable[[Mapping], None]]:
     """A function that adds an epoch's row of the history to event files for TensorBoard, in run_dir/tensorboard, which
-    are begun anew; it does nothing unless $EFFNET_TENSORBOARD is set. ValueError if TensorBoard is not installed."""
-    if not os.environ.get("EFFNET_TENSORBOARD"):
-        return lambda row: None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("tensorboard: it is not installed; pip install 'effnet-study[tensorboard]'") from None
+    are begun anew; it does nothing without a folder, or unless $EFFNET_TENSORBOARD is set."""
+    if run_dir is None or not os.environ.get("EFFNET_TENSORBOARD"):
+        yield lambda row: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
     folder = run_dir / "tensorboard"
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
@@ -176,7 +178,8 @@ def event_writer(run_dir: Path) -> Callable[[Mapping], None]:
                 writer.add_scalar(f"{kind}/{split}" if split else kind, value, row["epoch"])
         writer.flush()
 
-    return write
+    with writer:
+        yield write
 
 
 # ---- run.json

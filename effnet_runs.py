@@ -40,6 +40,7 @@ from effnet_lib import (
     count_cost,
     create_model,
     freeze_backbone,
+    gpu_count,
     holder_of,
     launch,
     match_flops,
@@ -446,7 +447,7 @@ class Run:
 
     def _processes(self, device: str | None) -> int:
         """The profile's devices, counted. ValueError if this machine has fewer GPUs."""
-        wanted, gpus = self.profile.devices, 0 if device == "cpu" else torch.cuda.device_count()
+        wanted, gpus = self.profile.devices, gpu_count(device)
         if wanted == "auto":
             return max(1, gpus)
         if 0 < gpus < wanted:

@@ -8,6 +8,7 @@ effnet_runs.py.
 
 import argparse
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -52,6 +53,7 @@ from effnet_lib import (
     count_cost,
     create_model,
     device_name,
+    gpu_count,
     round_resolution,
     unknown_name,
     write_json,
@@ -234,7 +236,8 @@ def study(
     todo, analysed = _prepare(runs, retry)
     print(f"{profile.title}: {len(runs)} runs, {len(todo)} to do ({profile.stamp})", flush=True)
     if todo and executor == "local":  # what is lacking is told once, and not by every notebook
-        choose_device(device)
+        if choose_device(device).index is not None and gpu_count() > 1:
+            raise ValueError(f"device: {device!r}: every notebook has its own GPU; choose by $CUDA_VISIBLE_DEVICES")
         load_data(**profile.data)
     kernels = {"device": device, "threads": threads, "executor": executor, "stop": stop}
     with live_table(profile, runs):
@@ -330,7 +333,7 @@ def _execute(
     jobs, threads = shares(len(executions), profile, device, jobs, threads)
     if jobs > 1:
         print(f"{jobs} at a time, {threads or 'all'} CPU thread{'s' * (threads != 1)} each", flush=True)
-    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    gpus = gpu_count(device)
     return execute(executions, jobs, threads, gpus_per_run(profile, gpus) if gpus else 0, stop)
 
 
@@ -342,29 +345,31 @@ def submit(
     seeds: Sequence[int] | None = None,
     device: str | None = None,
     retry: bool = False,
+    analysis: bool | None = None,
     jobs: int | None = None,
     threads: int | None = None,
     seconds: float = 3600,
-    cluster: str = "slurm",
 ) -> list:
     """Hand a profile's study over to Slurm, and return at once; the submitted jobs of submitit.
 
     One array job executes the notebooks of the runs, and 03 if there are coefficients to search for; each element has
     `seconds`, is queued again when they are up, and goes on. A job after it, `study` on one node, trains what waited
     for coefficients and does the analysis. A run has the profile's devices, as GPUs of one node (auto: one), unless
-    `device` is "cpu". cluster: "local" executes them here, without Slurm, as submitit does.
+    `device` is "cpu". ValueError if `seconds` are too few to stop in.
     """
     profile = load_profile(name)
     name, place = _named(name), _place(results)
     runs = plan_runs(profile, results, methods, seeds)
-    todo, _ = _prepare(runs, retry)
+    todo, analysed = _prepare(runs, retry)
+    if not todo and (analysed.exists() if analysis is None else not analysis):
+        return []
     ready = [run for run in todo if run.state() != "waiting"]
     executions = _executions(name, _longest_first(ready), place, device)
     if _search_is_to_do(profile, runs[0].folder, [run for run in todo if run not in ready]):
-        executions.append(_search_execution(name, results, device))
+        executions.append(_search_execution(name, results, device, retry))
     gpus = 0 if device == "cpu" else gpus_per_run(profile, 1)
-    closing = {"methods": methods, "seeds": seeds, "device": device, "threads": threads}
-    options = {"seconds": seconds, "jobs": jobs, "threads": threads, "gpus": gpus, "cluster": cluster}
+    closing = {"methods": methods, "seeds": seeds, "device": device, "threads": threads, "analysis": analysis}
+    options = {"seconds": seconds, "jobs": jobs, "threads": threads, "gpus": gpus}
     return submit_to_slurm(executions, _close, (name, results, closing), runs[0].folder, **options)
 
 
@@ -393,16 +398,16 @@ def search(
     retry: train failed and diverged candidates again (their records are kept as run.earlier.json).
     executor, stop: as in `study`.
     """
+    profile, execution = load_profile(name), _search_execution(name, results, device, retry)
+    return _execute([execution], profile, device, 1, threads, executor, stop)
+
+
+def _search_execution(name: str | Path, results: str | Path | None, device: str | None, retry: bool) -> Execution:
     profile = load_profile(name)
     _, candidates = plan_search(profile, results)
     for candidate in (dataclasses.replace(c, seed=seed) for c in candidates for seed in profile.search.seeds):
         if retry and candidate.state() in ("failed", "diverged"):
             candidate.set_aside()
-    return _execute([_search_execution(name, results, device)], profile, device, 1, threads, executor, stop)
-
-
-def _search_execution(name: str | Path, results: str | Path | None, device: str | None) -> Execution:
-    _, candidates = plan_search(load_profile(name), results)
     folder, parameters = candidates[0].folder, {"profile": _named(name), "device": device, **_place(results)}
     output, about = folder / "notebooks" / "03_coefficient_search.ipynb", f"{len(candidates)} candidates"
     return Execution(f"coefficient search: {about}", output.stem, output, parameters, folder / "search")
@@ -562,7 +567,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def _predict(args: argparse.Namespace) -> int:
     """effnet predict: classes and probabilities, a block for each file. 2 if one of them could not be read."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(args.device)
     damaged = 0
     for file, answer in predict(load_classifier(args.network), args.files, args.top, device):
         if isinstance(answer, Exception):
@@ -735,6 +740,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     by_slurm = getattr(args, "executor", None) == "slurm"
     if getattr(args, "tensorboard", False):
+        if importlib.util.find_spec("tensorboard") is None:
+            parser.error("TensorBoard is not installed; pip install 'effnet-study[tensorboard]'")
         os.environ["EFFNET_TENSORBOARD"] = "1"  # for the kernels
     if getattr(args, "time_budget", None) is not None and not by_slurm:
         os.environ["EFFNET_DEADLINE"] = str(time.time() + args.time_budget)  # for the kernels too
@@ -743,16 +750,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.setitimer(signal.ITIMER_REAL, args.time_budget)
     try:
         if args.command == "study":
-            names = ("methods", "seeds", "device", "retry", "jobs", "threads")
+            names = ("methods", "seeds", "device", "retry", "analysis", "jobs", "threads")
             options = {name: getattr(args, name) for name in names}
             if by_slurm:
                 jobs = submit(args.profile, args.results, **options, seconds=args.time_budget or 3600)
-                print(
-                    f"submitted {len(jobs)} jobs, {jobs[0].job_id} to {jobs[-1].job_id}; the last waits for the others"
-                )
-                print(f"effnet status {args.profile} --watch shows how far they are")
+                last = f", the last of which, {jobs[-1].job_id}, waits for the others" if len(jobs) > 1 else ""
+                print(f"submitted {len(jobs)} jobs{last}; how far they are: effnet status {args.profile} --watch")
             else:
-                return study(args.profile, args.results, **options, analysis=args.analysis, executor=args.executor)
+                return study(args.profile, args.results, **options, executor=args.executor)
         elif args.command == "status":
             (watch if args.watch else print_status)(load_profile(args.profile), args.results)
         elif args.command == "plan":

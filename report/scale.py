@@ -168,7 +168,7 @@ def describe_scale(facts: Mapping, profile: study.Profile, results: Path) -> str
     gpu = next((d for d in devices if d.type == "cuda" and d.px == config.resolution), None)
     if gpu:
         name, speed, second = gpu.name, gpu.images_per_second, {"by measured time": gpu.ratios["seconds"]}
-        origin, status = "as `effnet bench` has measured", f"The {name} has been measured, and no run trained on it."
+        origin, status = "as `effnet bench` has measured", f"The {name} has been measured."
     else:
         name, speed, second = facts["gpu"], facts["b0_on_1"], {"by activations": ratios["activations"]}
         origin = f"as published by [{facts['source']}]({facts['address']}); in TF32 {facts['b0_on_1_tf32']:,}"

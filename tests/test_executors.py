@@ -20,7 +20,7 @@ from conftest import write_record
 import effnet_execute
 import effnet_study as study
 from effnet_execute import SlurmTask
-from effnet_records import read_progress
+from effnet_lib import Killed
 
 TRAIN = {"epochs": 2, "batch_size": 4, "optimizer": "sgd", "lr": 0.02, "norm_momentum": 0.1, "save_steps": 5}
 LONG = {"methods": ["baseline"], "data": {"name": "digits", "size": 16, "train_per_class": 20}, "train": TRAIN}
@@ -40,11 +40,12 @@ def alone(path, results) -> dict:
     return kill.end_of(study.Run.plan(path, "baseline", 0, results).directory)
 
 
-def wait_for_steps(run, process, steps: int) -> int:
-    """Wait until a run has taken so many steps; the process that trains it."""
-    while (read_progress(run.directory) or {"step": 0})["step"] < steps:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
+def wait_for_checkpoint(run, process=None) -> int:
+    """Wait until a run has a checkpoint, after five steps; the process that trains it."""
+    until = time.monotonic() + 120
+    while not (run.directory / "checkpoint.pt").exists():
+        assert time.monotonic() < until and (process is None or process.poll() is None)
+        time.sleep(0.02)
     return int((run.directory / ".holder").read_text().split()[1])
 
 
@@ -57,7 +58,7 @@ def test_a_worker_of_ray_is_killed_and_the_study_completes_with_the_same_results
     words = ["--executor", "ray", "--device", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command(path, tmp_path / "ray", *words), cwd=study.ROOT, **pipes)
-    kernel = psutil.Process(wait_for_steps(run, process, 6))
+    kernel = psutil.Process(wait_for_checkpoint(run, process))
     worker = kernel.parent().parent()
     assert "ray" in " ".join(worker.cmdline()) and "papermill" in " ".join(kernel.parent().cmdline())
     worker.send_signal(signal.SIGKILL)
@@ -92,7 +93,7 @@ def test_a_killed_kernel_is_replaced_and_goes_on(profile_file, tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     words = ["--threads", 1, "--no-analysis"]
     process = subprocess.Popen(command(path, tmp_path / "here", *words), cwd=study.ROOT, **pipes)
-    os.kill(wait_for_steps(run, process, 6), signal.SIGKILL)
+    os.kill(wait_for_checkpoint(run, process), signal.SIGKILL)
     said, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "its process was killed" in errors and "attempted again" in errors and "continues after epoch" in said
@@ -100,12 +101,17 @@ def test_a_killed_kernel_is_replaced_and_goes_on(profile_file, tmp_path):
     assert not (run.folder / "notebooks" / "05_analysis.ipynb").exists()
 
 
+def test_a_process_whose_starter_has_died_meanwhile_ends_at_once():
+    command = [sys.executable, "-c", effnet_execute._EXECUTE, "{}", "1"]  # it was started by this process, not by 1
+    assert subprocess.run(command, timeout=60).returncode == effnet_execute.KILLED
+
+
 def test_a_notebook_that_is_killed_again_and_again_is_given_up(monkeypatch, capsys, tmp_path):
     attempts = []
 
     def killed(*arguments):
         attempts.append(arguments)
-        raise effnet_execute.Killed("01_baseline_b0: its process was killed")
+        raise Killed("01_baseline_b0: its process was killed")
 
     monkeypatch.setattr(effnet_execute, "run_notebook", killed)
     execution = study.Execution("about", "01_baseline_b0", tmp_path / "out.ipynb", {})
@@ -122,10 +128,12 @@ def test_a_notebook_that_is_killed_again_and_again_is_given_up(monkeypatch, caps
         (4, 1, None, ["0", "1", "2", "3"]),
         (2, 2, "4,5,6,7", ["4,5", "6,7"]),
         (3, 2, "4,5,6,7", ["4,5", "6,7", "4,5"]),
+        (2, 4, "4,5", ["4,5", "4,5"]),  # too few: torch takes a list with repetitions for none
     ],
 )
 def test_notebooks_side_by_side_have_gpus_of_their_own(monkeypatch, tmp_path, jobs, gpus, visible, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible else monkeypatch.delenv(
         "CUDA_VISIBLE_DEVICES", raising=False
     )
@@ -188,6 +196,18 @@ def test_slurm_is_asked_for_no_gpu_by_a_study_on_the_cpu_that_is_only_to_be_clos
     assert "#SBATCH --time=60" in closing and "#SBATCH --cpus-per-task=1" in closing
 
 
+def test_slurm_is_not_given_too_little_time_nor_nothing_to_do(profile_file, tmp_path, fake_slurm, capsys):
+    pytest.importorskip("submitit")
+    words = ["study", str(profile_file(methods=["baseline"])), "--results", str(tmp_path), "--executor", "slurm"]
+    assert study.main([*words, "--time-budget", "1m"]) == 2 and "at least 5m" in capsys.readouterr().err
+    run = study.Run.plan(words[1], "baseline", 0, tmp_path)
+    write_record(run)
+    run.executed.parent.mkdir(exist_ok=True)
+    run.executed.touch()
+    assert study.main([*words, "--no-analysis"]) == 0 and "submitted 0 jobs" in capsys.readouterr().out
+    assert fake_slurm() == []
+
+
 def test_without_slurm_that_is_said(profile_file, tmp_path, capsys, monkeypatch):
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -205,11 +225,7 @@ def test_a_job_of_slurm_that_is_warned_stops_and_goes_on_when_it_is_started_agai
     executor = submitit.AutoExecutor(tmp_path / "logs", cluster="local")
     executor.update_parameters(timeout_min=10)
     job = executor.submit(SlurmTask(study.execute, ([execution], 1, 1), tmp_path / "stop", run.directory))
-    until = time.monotonic() + 120
-    while (read_progress(run.directory) or {"step": 0})["step"] < 6:
-        assert time.monotonic() < until, job.stderr()
-        time.sleep(0.1)
-    kernel = psutil.Process(int((run.directory / ".holder").read_text().split()[1]))
+    kernel = psutil.Process(wait_for_checkpoint(run))
     papermill = kernel.parent()
     for process in (kernel, papermill, papermill.parent()):  # Slurm warns every process of a job
         process.send_signal(signal.SIGUSR2)

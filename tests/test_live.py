@@ -1,16 +1,21 @@
 """What is under way is seen: progress from files, a table in the terminal, a bar and curve in notebooks, events."""
 
+import fcntl
+import io
+import os
 import re
+import time
 
 import IPython
 import IPython.display
 import pytest
 from conftest import Disturbed, write_record
+from rich.console import Console
 
 import effnet_study as study
 from effnet_lib import Interrupted
 from effnet_live import Live, progress, status_table
-from effnet_records import read_progress, tell
+from effnet_records import hold, holder_of, read_progress, tell
 
 TRAIN = {"epochs": 3, "batch_size": 20, "optimizer": "sgd", "lr": 0.05, "norm_momentum": 0.1}
 
@@ -26,7 +31,7 @@ class Handle:
         self.shown.append(bundle)
 
     def states(self):
-        return [re.search('data-state="(.*?)"', bundle["text/html"])[1] for bundle in self.shown]
+        return [re.search('data-state="(.*?)"', bundle["text/html"])[1] for bundle in self.shown if len(bundle) > 1]
 
 
 @pytest.fixture
@@ -74,23 +79,75 @@ def test_what_is_left_of_a_run_that_has_not_started_is_what_another_seed_took(pr
     assert rows["left"]["baseline", 1] == 61 and rows["left"].isna()["width", 0]
 
 
-def test_progress_that_cannot_be_written_does_not_end_a_run(tmp_path, monkeypatch):
+def test_progress_that_cannot_be_written_or_read_is_no_matter(tmp_path):
     tell(tmp_path / "not there", step=1)
     assert read_progress(tmp_path / "not there") is None
     (tmp_path / ".progress.json").write_text('{"epo')
     assert read_progress(tmp_path) is None
 
 
-def test_the_status_table_fits_a_narrow_terminal(profile_file, tmp_path, capsys):
-    path = profile_file(methods=["baseline", "width"])
-    profile = study.load_profile(path)
+@pytest.mark.parametrize("width", [72, 80, 100, 120, 140])
+def test_the_status_table_fits_the_terminal(profile_file, tmp_path, width):
+    profile = study.load_profile(profile_file(methods=["baseline", "resolution_matched"]))
     runs = study.plan_runs(profile, tmp_path)
-    write_record(runs[0], top1=61.25)
-    wide, narrow = ([c.header for c in status_table(profile, runs, width).columns] for width in (140, 80))
-    assert set(narrow) < set(wide) and {"method", "seed", "state", "top-1 %", "images/s", "left"} <= set(narrow)
+    write_record(runs[0], top1=61.25, seconds=12345.0)
+    runs[1].directory.mkdir(parents=True)
+    with hold(runs[1].directory):
+        tell(runs[1].directory, epoch=1, step=7, steps=10, seconds=4000.0, images_per_second=12345.6, loss=1.0)
+        console = Console(width=width, file=io.StringIO())
+        console.print(status_table(profile, runs, console))
+    said = console.file.getvalue()
+    assert "…" not in said and re.search(r"baseline .*finished .*61\.25", said) and "1 finished, 1 running" in said
+    assert ("top-5" in said) == (width == 140) and "0:28:34" in said  # left: three tenths of an epoch
+
+
+def test_of_many_runs_those_under_way_are_shown(profile_file, tmp_path):
+    profile = study.load_profile(profile_file(seeds=[0, 1, 2, 3]))
+    runs = study.plan_runs(profile, tmp_path)
+    runs[-1].directory.mkdir(parents=True)
+    with hold(runs[-1].directory):
+        table = status_table(profile, runs, lines=4)
+    assert table.row_count == 4 and list(table.columns[2].cells)[-1].plain == "running"
+    assert "1 running" in table.title and "19 missing" in table.title
+
+
+def test_runs_that_have_ended_are_not_read_again(profile_file, tmp_path, monkeypatch):
+    run = study.Run.plan(profile_file(), "baseline", 0, tmp_path)
+    write_record(run, top1=61.25)
+    known = {}
+    assert progress([run], known)["top1"][0] == 61.25
+    monkeypatch.setattr("effnet_live.read_record", None)
+    assert progress([run], known)["top1"][0] == 61.25
+    (run.directory / "run.json").unlink()
+    assert progress([run], known)["state"][0] == "missing"
+
+
+def test_a_second_attempt_does_not_show_the_firsts_progress(profile_file, tmp_path):
+    run = study.Run.plan(profile_file(train=TRAIN), "baseline", 0, tmp_path)
+    data, seen = study.load_data(**run.profile.data), []
+    run.train(data, "cpu")
+    run.set_aside()
+
+    def look(images):
+        seen.append(progress([run]).iloc[0])
+        return images
+
+    run.train(Disturbed(data, look, epoch=0, step=1), "cpu")
+    assert seen[0]["state"] == "running" and seen[0]["done"] < 1 and seen[0]["minival_top1"] is None
+
+
+def test_who_looks_is_not_taken_for_who_trains(tmp_path):
+    with hold(tmp_path):
+        assert f"process {os.getpid()}" in holder_of(tmp_path)
+    with open(tmp_path / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # another who looks
+        assert holder_of(tmp_path) is None
+
+
+def test_status_is_watched_until_interrupted_or_without_a_terminal_told_once(profile_file, tmp_path, capsys):
+    path = profile_file(methods=["baseline", "width"])
     assert study.main(["status", str(path), "--watch", "--results", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert re.search(r"baseline +0 +finished .* 61\.25", said) and "1 finished, 1 missing" in said
+    assert capsys.readouterr().out.count("2 missing") == 1
 
 
 def test_a_notebooks_cell_shows_a_bar_and_a_curve_in_place(profile_file, tmp_path, handle):
@@ -98,7 +155,8 @@ def test_a_notebooks_cell_shows_a_bar_and_a_curve_in_place(profile_file, tmp_pat
     live = Live(run, seconds=0.01)
 
     def wait(images):  # for the curve of the first epoch
-        while "<img" not in handle.shown[-1]["text/html"]:
+        until = time.monotonic() + 60
+        while "<img" not in handle.shown[-1]["text/html"] and time.monotonic() < until:
             live.ended.wait(0.01)
         return images
 

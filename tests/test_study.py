@@ -146,6 +146,7 @@ def test_impossible_devices_are_refused(profile_file, devices):
 
 def test_devices_are_counted_or_asked_for(profile_file, monkeypatch):
     monkeypatch.setattr(study.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(study.torch.cuda, "is_available", lambda: True)
     run = study.Run.plan(profile_file(devices="auto"), "baseline", 0)
     assert run._processes(None) == 2 and run._processes("cpu") == 1
     with pytest.raises(ValueError, match="devices: profile tiny asks for 3, torch finds 2; use auto"):
@@ -216,6 +217,7 @@ def test_notebooks_side_by_side_share_the_cores(profile_file, monkeypatch, cores
     monkeypatch.setattr(study.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}[name])
     assert study.shares(count, profile, "cpu")[0] == 1  # 4 GiB in all
     monkeypatch.setattr(study.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(study.torch.cuda, "is_available", lambda: True)
     assert study.shares(count, profile, None)[0] == min(count, 4 // devices)  # as many as there are GPUs for
 
 
