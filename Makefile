@@ -33,6 +33,7 @@ lab: .venv/ready
 	@v='import sys; print(sys.version_info[:2])'; \
 		[ "$$(.venv/bin/python -c "$$v" 2>&1)" = "$$($(PYTHON) -c "$$v")" ] || rm -rf .venv
 	$(PYTHON) -m venv .venv
+	@echo "installing some 7 GB into .venv, which takes minutes"
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@

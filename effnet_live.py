@@ -316,7 +316,7 @@ def _sentence(row) -> str:
     pairs = (("loss {:.3f}", row.train_loss), ("minival top-1 {:.2f} %", row.minival_top1))
     pairs += (("{:,.0f} images/s", row.images_per_second),)
     words += [form.format(value) for form, value in pairs if not pd.isna(value)]
-    words += [f"about {_time(row.left)} left"] if row.left and row.state in ("running", "interrupted") else []
+    words += [f"about {_time(row.left)} left"] if row.left > 0 and row.state in ("running", "interrupted") else []
     return ", ".join(words)
 
 

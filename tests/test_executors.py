@@ -36,7 +36,7 @@ def alone(path, results) -> dict:
     """The end of a run of the baseline that nobody disturbed."""
     words = ["train", str(path), "baseline", "--results", str(results)]
     train = [sys.executable, "-m", "effnet_study", *words]
-    subprocess.run(train, cwd=study.ROOT, env=ONE_THREAD, check=True, capture_output=True, timeout=600)
+    subprocess.run(train, cwd=study.ROOT, env=ONE_THREAD, check=True, capture_output=True, timeout=1500)
     return kill.end_of(study.Run.plan(path, "baseline", 0, results).directory)
 
 
@@ -62,7 +62,7 @@ def test_a_worker_of_ray_is_killed_and_the_study_completes_with_the_same_results
     worker = kernel.parent().parent()
     assert "ray" in " ".join(worker.cmdline()) and "papermill" in " ".join(kernel.parent().cmdline())
     worker.send_signal(signal.SIGKILL)
-    said, errors = process.communicate(timeout=600)
+    said, errors = process.communicate(timeout=1500)
     assert process.returncode == 1, errors  # for the notebook that failed
     assert "continues after epoch" in said + errors
     assert (said + errors).count("02_single_axis_scaling failed") == 1
@@ -94,7 +94,7 @@ def test_a_killed_kernel_is_replaced_and_goes_on(profile_file, tmp_path):
     words = ["--threads", 1, "--no-analysis"]
     process = subprocess.Popen(command(path, tmp_path / "here", *words), cwd=study.ROOT, **pipes)
     os.kill(wait_for_checkpoint(run, process), signal.SIGKILL)
-    said, errors = process.communicate(timeout=600)
+    said, errors = process.communicate(timeout=1500)
     assert process.returncode == 0, errors
     assert "its process was killed" in errors and "attempted again" in errors and "continues after epoch" in said
     assert kill.end_of(run.directory) == alone(path, tmp_path / "alone")

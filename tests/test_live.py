@@ -168,6 +168,7 @@ def test_a_notebooks_cell_shows_a_bar_and_a_curve_in_place(profile_file, tmp_pat
     assert '<progress max="3"' in running and 'alt="Training loss and minival top-1 after' in running
     assert 'value="3.000"' in last and "<img" not in last and "finished after 3 epochs" in last
     assert "baseline, seed 0: finished after 3 epochs" in handle.shown[-1]["text/plain"]
+    assert not any("about  left" in b["text/html"] or "about left" in b["text/html"] for b in handle.shown[1:])
 
 
 def test_a_cell_that_is_stopped_keeps_its_curve_and_says_how_to_go_on(profile_file, tmp_path, handle):

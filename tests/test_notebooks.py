@@ -66,7 +66,7 @@ train: {epochs: 2, batch_size: 20, optimizer: sgd, lr: 0.05, norm_momentum: 0.1,
 """
     )
     command = [sys.executable, "-m", "effnet_study", "study", str(profile), "--results", str(place / "results")]
-    done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=1500)
     return done, place / "results" / "small", command
 
 
@@ -198,7 +198,7 @@ def test_the_architecture_notebook_finds_the_mismatch_of_table_7(executed):
 def test_a_second_study_trains_nothing_and_says_who_ran_the_first(executed):
     _, folder, command = executed
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-    done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0 and "  epoch " not in done.stdout
     assert "6 runs are finished: made here, not committed" in done.stdout and "--results DIR" in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -210,7 +210,7 @@ def test_what_was_killed_after_its_run_had_finished_is_made_up(executed):
     lost = [folder / "notebooks" / name for name in ("05_analysis.ipynb", "01_baseline_b0_baseline_seed0.ipynb")]
     for path in lost:
         path.unlink()
-    done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0 and "  epoch " not in done.stdout and all(path.exists() for path in lost)
 
 
@@ -221,7 +221,7 @@ def test_a_failing_notebook_fails_the_study_and_the_others_go_on(profile_file, t
     record = {"schema": 1, "status": "failed", "error": "", "seed": 0, "config": {"lr": 3.0}}  # stale
     (run.directory / "run.json").write_text(json.dumps(record))
     command = [sys.executable, "-m", "effnet_study", "study", str(path), "--results", str(tmp_path)]
-    done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 1
     assert "04_compound_scaling failed" in done.stderr and "delete" in done.stderr
     assert run.executed.with_suffix(".partial.ipynb").exists() and not run.executed.exists()
@@ -248,7 +248,7 @@ def test_an_interrupted_study_continues(profile_file, tmp_path):
         assert run.state() == "interrupted" and not run.executed.exists()
         progress = torch.load(run.directory / "checkpoint.pt", weights_only=True)["progress"]
         assert progress["step"] > 0 and not progress["history"]
-    done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0 and done.stdout.count("continues after epoch 0, step") == 2
     assert all(run.executed.exists() for run in runs)
 
@@ -257,7 +257,7 @@ def test_a_notebook_runs_by_papermill_alone_from_its_own_folder(profile_file, tm
     path = profile_file(methods=["width"])
     words = ["-p", "profile", str(path), "-p", "method", "width", "-p", "results", str(tmp_path)]
     command = [sys.executable, "-m", "papermill", "02_single_axis_scaling.ipynb", str(tmp_path / "out.ipynb")]
-    done = subprocess.run([*command, *words], cwd=study.NOTEBOOKS, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*command, *words], cwd=study.NOTEBOOKS, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr
     assert study.Run.plan(path, "width", 0, tmp_path).state() == "finished"
 
@@ -306,7 +306,7 @@ def test_papermill_itself_fails_on_a_wrong_parameter(words, message, tmp_path):
     """Not only through the study: papermill alone would warn of an unknown parameter and go on."""
     source = study.NOTEBOOKS / "01_baseline_b0.ipynb"
     command = [sys.executable, "-m", "papermill", str(source), str(tmp_path / "out.ipynb"), "-k", "python3", *words]
-    done = subprocess.run(command, cwd=study.NOTEBOOKS, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=study.NOTEBOOKS, capture_output=True, text=True, timeout=1500)
     assert done.returncode != 0 and message in done.stderr
 
 
