@@ -25,7 +25,7 @@ from pathlib import Path
 import nbformat
 import torch
 
-from effnet_lib import Interrupted, Killed, gpu_count, holder_of, unknown_name
+from effnet_lib import Held, Interrupted, Killed, gpu_count, holder_of, unknown_name
 from effnet_runs import NOTEBOOKS, ROOT, TRAINED_BY, Profile, family
 
 GRACE = 20  # seconds for a notebook to stop in once it is asked to
@@ -34,6 +34,7 @@ SEEN = 70  # seconds until every machine that shares a file system sees a new fi
 RETRIES = 2  # further attempts at a notebook whose process was killed; one that fails by itself gets none
 TRY_AGAIN = os.EX_TEMPFAIL  # exit status 75: stopped in time, to be continued by the same command
 KILLED = os.EX_SOFTWARE  # exit status 70, of _EXECUTE: the kernel died
+HELD = os.EX_UNAVAILABLE  # exit status 69, of _EXECUTE: another process trains the run
 EXECUTORS = ("local", "ray", "slurm")
 
 
@@ -95,8 +96,9 @@ import json, nbclient, papermill
 try:
     papermill.execute_notebook(**json.loads(sys.argv[1]), stdout_file=sys.stdout, stderr_file=sys.stderr)
 except papermill.PapermillExecutionError as error:
-    print(error.evalue if error.ename == "Interrupted" else f"{error.ename}: {error.evalue}", file=sys.stderr)
-    sys.exit({"Interrupted": 75, "Killed": 70}.get(error.ename, 1))
+    told = error.ename in ("Interrupted", "Held")
+    print(error.evalue if told else f"{error.ename}: {error.evalue}", file=sys.stderr)
+    sys.exit({"Interrupted": 75, "Killed": 70, "Held": 69}.get(error.ename, 1))
 except nbclient.exceptions.DeadKernelError:
     sys.exit(70)
 except Exception as error:
@@ -148,9 +150,9 @@ def run_notebook(
 
     What cells print comes out at once. `threads`: CPU threads for torch, which otherwise takes all cores;
     `environment`: further variables of the kernel's environment. Raises RuntimeError if a cell failed, Killed if the
-    process was killed; what there is of the notebook is then beside `output` as NAME.partial.ipynb. Raises Interrupted
-    if training stopped in time, with a checkpoint. An interrupt, or else a file that appears at `stop`, asks training
-    to do so; what has not ended GRACE seconds later is killed.
+    process was killed; what there is of the notebook is then beside `output` as NAME.partial.ipynb. Raises Held if
+    another process trains its run, Interrupted if training stopped in time, with a checkpoint. An interrupt, or else a
+    file that appears at `stop`, asks training to do so; what has not ended GRACE seconds later is killed.
     """
     check_parameters(notebook, parameters)
     unfinished = output.with_suffix(".partial.ipynb")
@@ -176,6 +178,9 @@ def run_notebook(
     if status == TRY_AGAIN:
         unfinished.unlink(missing_ok=True)
         raise Interrupted(f"{notebook} stopped in time")
+    if status == HELD:
+        unfinished.unlink(missing_ok=True)
+        raise Held(f"{notebook} is left to the process that is at it")
     if killed:
         raise Killed(f"{notebook}: its process was killed; see {unfinished}")
     if status != 0:
@@ -277,13 +282,17 @@ def _attempt(
 ) -> bool:
     """Execute a notebook; if that fails it is told, and the study goes on. Raises Interrupted if there is no time.
 
-    One whose process was killed is attempted again, and goes on from its run's checkpoint; one that failed is not.
+    One whose process was killed is attempted again, and goes on from its run's checkpoint; one that failed is not, nor
+    one whose run another process trains, which it is left to.
     """
     for left in reversed(range(RETRIES + 1)):
         if stop.exists() or time.time() + STARTING > float(os.environ.get("EFFNET_DEADLINE", "inf")):
             raise Interrupted("too little time is left to start another notebook")
-        _wait_until_free(execution.folder)
-        print(f"{execution.about}\n", end="", flush=True)  # in one piece, since others print too
+        holder = _wait_until_free(execution.folder, 10 if left == RETRIES else 60)
+        left_to = "" if holder is None else f": left to {holder}"
+        print(f"{execution.about}{left_to}\n", end="", flush=True)  # in one piece, since others print too
+        if holder is not None:
+            break
         notebook, output, parameters = execution.notebook, execution.output, execution.parameters
         try:
             run_notebook(notebook, output, parameters, threads, stop, environment)
@@ -291,17 +300,18 @@ def _attempt(
         except Killed as error:
             again = "; it is attempted again" if left else ""
             print(f"effnet: {error}{again}", file=sys.stderr, flush=True)
-        except RuntimeError as error:
+        except RuntimeError as error:  # Held too
             print(f"effnet: {error}", file=sys.stderr, flush=True)
             break
     return False
 
 
-def _wait_until_free(folder: Path | None, seconds: float = 10) -> None:
-    """A kernel whose papermill was killed takes a moment to notice, and holds its run until then."""
+def _wait_until_free(folder: Path | None, seconds: float) -> str | None:
+    """Who still holds a run after a moment, which a kernel whose papermill was killed takes to notice that."""
     until = time.monotonic() + seconds
-    while folder is not None and holder_of(folder) is not None and time.monotonic() < until:
+    while (holder := folder and holder_of(folder)) is not None and time.monotonic() < until:
         time.sleep(0.2)
+    return holder
 
 
 # ---- 3. On a Ray cluster -------------------------------------------------------------------------------------------
@@ -427,7 +437,24 @@ class SlurmTask:
         return submitit.helpers.DelayedSubmission(self)
 
 
+def slurm_executor(folder: Path, seconds: float):
+    """submitit's executor, its files in FOLDER/slurm. RuntimeError if Slurm or submitit is not here, ValueError if jobs
+    of so many seconds are too short."""
+    try:
+        import submitit
+
+        executor = submitit.AutoExecutor(folder / "slurm", cluster="slurm", slurm_max_num_timeout=10_000)
+    except ImportError:
+        raise RuntimeError("executor slurm: submitit is not installed; pip install 'effnet-study[slurm]'") from None
+    except RuntimeError as error:
+        raise RuntimeError(f"executor slurm: {error}") from None
+    if seconds < 300:
+        raise ValueError(f"time budget: expected at least 5m for Slurm, which warns 90 s before, got {seconds:.0f} s")
+    return executor
+
+
 def submit_to_slurm(
+    executor,
     executions: Sequence[Execution],
     closing: Callable[..., bool],
     arguments: tuple,
@@ -441,21 +468,11 @@ def submit_to_slurm(
     """Hand notebooks over as one array job, and closing(*arguments, stop=FILE) as a job that follows it; the submitted
     jobs, the closing one last.
 
-    seconds: the time of each job, after which it is queued again. jobs: at most so many at a time. threads: CPUs of
-    each (default: 4 for each GPU, else one). Logs and scripts go to FOLDER/slurm. Partition, account and the like are
-    those of sbatch's own $SBATCH_PARTITION, $SBATCH_ACCOUNT.
+    executor: of `slurm_executor`. seconds: the time of each job, after which it is queued again. jobs: at most so many
+    at a time. threads: CPUs of each (default: 4 for each GPU, else one). Logs and scripts go to FOLDER/slurm.
+    Partition, account and the like are those of sbatch's own $SBATCH_PARTITION, $SBATCH_ACCOUNT.
     """
-    try:
-        import submitit
-    except ImportError:
-        raise RuntimeError("executor slurm: submitit is not installed; pip install 'effnet-study[slurm]'") from None
-    if seconds < 300:
-        raise ValueError(f"time budget: expected at least 5m for Slurm, which warns 90 s before, got {seconds:.0f} s")
     place, cpus = folder / "slurm", threads or 4 * gpus or 1
-    try:
-        executor = submitit.AutoExecutor(place, cluster="slurm", slurm_max_num_timeout=10_000)
-    except RuntimeError as error:
-        raise RuntimeError(f"executor slurm: {error}") from None
     options = {"timeout_min": math.ceil(seconds / 60), "nodes": 1, "tasks_per_node": 1, "gpus_per_node": gpus or None}
     options |= {"cpus_per_task": cpus, "slurm_array_parallelism": jobs or max(1, len(executions))}
     options |= {"slurm_srun_args": [f"--cpus-per-task={cpus}"]}  # which it does not take over from sbatch

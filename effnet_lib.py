@@ -713,24 +713,25 @@ def _train(model, data, config, run_dir, device, label, checkpoint, identity, st
         progress |= checkpoint["progress"]
         trainer.micro_batch = min(trainer.micro_batch, progress["micro_batch"])
         epochs, step = len(progress["history"]), progress["step"]
-        print(f"{label}  continues after epoch {epochs}" + (f", step {step}" if step else ""), flush=True)
+        where = f"in epoch {epochs + 1} after step {step}" if step else f"after epoch {epochs}"
+        print(f"{label}  continues {where}", flush=True)
     smaller = run_dir / "micro_batch"  # left by one of several processes that ran out of memory
     if smaller.exists():
         trainer.micro_batch = min(trainer.micro_batch, int(smaller.read_text()))
     history, first, saved, to_save = progress["history"], trainer.rank == 0, time.monotonic(), 1.0
-    said = -math.inf
+    said, at_checkpoint = -math.inf, progress["step"]
     shard = {} if trainer.world == 1 else {"shard": (trainer.rank, trainer.world)}
     steps = data.counts["train"] // config.batch_size
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
     def save() -> None:
-        nonlocal saved, to_save
+        nonlocal saved, to_save, at_checkpoint
         begin = time.monotonic()
         progress["micro_batch"] = trainer.micro_batch
         if first:
             write_checkpoint(run_dir, trainer.state_dict() | {"progress": progress, "identity": identity})
-        saved = time.monotonic()
+        saved, at_checkpoint = time.monotonic(), progress["step"]
         to_save = saved - begin
 
     def say(step: int, seconds: float) -> None:  # to those who look on; the loss is that of the last look at it
@@ -738,10 +739,12 @@ def _train(model, data, config, run_dir, device, label, checkpoint, identity, st
         said, known = time.monotonic(), progress["step"]
         at = {"epoch": len(history) + 1, "step": step, "steps": steps, "seconds": seconds}
         at |= {"images_per_second": step * config.batch_size / seconds}
-        tell(run_dir, **at, loss=progress["loss"] / known if known else None)
+        tell(run_dir, **at, loss=progress["loss"] / known if known else None, saved=at_checkpoint)
 
     def pause() -> None:
         save()
+        if first and progress["step"]:
+            say(progress["step"], progress["seconds"])
         epochs, step = len(history), progress["step"]
         raise Interrupted(f"{label}  stopped by {stop.reason} in epoch {epochs + 1} after step {step} of {steps}")
 

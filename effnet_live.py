@@ -9,6 +9,7 @@ import base64
 import contextlib
 import contextvars
 import io
+import math
 import os
 import sys
 import threading
@@ -94,11 +95,12 @@ def _row(run: Run) -> dict:
         row |= {"flops": record["cost"]["flops"], **{name: record["test"][name] for name in ("top1", "top5")}}
         row |= {"done": float(row["epochs"]), "seconds": record["seconds"]}
         row["images_per_second"] = record["images_per_second"]
-    now = read_progress(run.directory) if state == "running" else None
+    now = read_progress(run.directory) if state in ("running", "interrupted") else None
     if now is not None and now["epoch"] > row["done"]:
-        row |= {name: now[name] for name in ("step", "steps")}
-        row["done"] = now["epoch"] - 1 + now["step"] / now["steps"]
-        row["seconds"] = (row["seconds"] or 0.0) + now["seconds"]
+        step = now["step"] if state == "running" else now.get("saved", 0)  # where it goes on
+        row |= {"step": step, "steps": now["steps"]}
+        row["done"] = now["epoch"] - 1 + step / now["steps"]
+        row["seconds"] = (row["seconds"] or 0.0) + now["seconds"] * step / max(1, now["step"])
         row["images_per_second"] = now["images_per_second"] or row["images_per_second"]
         row["train_loss"] = row["train_loss"] if now["loss"] is None else now["loss"]
     if state in ("running", "interrupted") and row["done"] and row["seconds"]:
@@ -176,18 +178,18 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
 
 
-def print_status(profile: Profile, results: str | Path | None = None) -> None:
+def print_status(profile: Profile, results: str | Path | None = None, methods=None, seeds=None) -> None:
     """A line per run: state, cost, epochs, scores, speed; and what to do about those that need something."""
-    runs = plan_runs(profile, results)
+    runs = plan_runs(profile, results, methods, seeds)
     print()
     console = _console()
     console.print(status_table(profile, runs, console))
     for run in runs:
         state = run.state()
         if state in ("failed", "diverged"):
-            print(f"{run.directory.name} {ending(read_record(run.directory))}; run it again with --retry")
+            print(f"{run.directory.name} {ending(read_record(run.directory))}; {run.again}")
         elif state == "waiting":
-            print(f"{run.method} seed {run.seed} waits for its coefficients: effnet search {profile.name}")
+            print(f"{run.method} seed {run.seed} waits for its coefficients: {run.command('search')}")
         elif state == "running":
             print(f"{run.directory.name} is trained by {holder_of(run.directory)}")
         elif state == "stale":
@@ -240,10 +242,11 @@ class Live:
 
     HTML alone, which JupyterLab, VS Code, nbclient and papermill all show and save; no widgets. Where nobody looks on,
     because `effnet study` executes the notebook, and outside notebooks a line per epoch suffices: nothing is shown.
+    seconds: between two looks. curve: whether it stays once the run is finished.
     """
 
-    def __init__(self, *runs: Run, seconds: float = 1.0):
-        self.runs, self.seconds, self.known, self.drawn = runs, seconds, {}, (0, "")
+    def __init__(self, *runs: Run, seconds: float = 1.0, curve: bool = True):
+        self.runs, self.seconds, self.curve, self.known, self.drawn = runs, seconds, curve, {}, (0, "")
         self.ended, self.handle = threading.Event(), None
 
     def __enter__(self) -> "Live":
@@ -285,7 +288,7 @@ class Live:
         else:
             row = next(rows.itertuples())
             body = f"{_bar(row)} {escape(_sentence(row))}"
-            body += self._curve() if state in ("running", "stopped", "failed") else ""
+            body += self._curve() if self.curve or state in ("running", "stopped", "failed") else ""
         return {"text/plain": text, "text/html": f'<div class="effnet-live" data-state="{state}">{body}</div>'}
 
     def _curve(self) -> str:
@@ -309,10 +312,13 @@ def _sentence(row) -> str:
         scores = f"{scored}top-1 {row.top1:.2f} %, {row.images_per_second:,.0f} images/s, {_time(row.seconds)}"
         return f"finished after {epochs} epoch{'s' * (epochs > 1)}: {scores}"
     words = [row.state]
+    scoring = not pd.isna(row.step) and row.step == row.steps
     if row.done:
-        words.append(f"epoch {min(int(row.done) + 1, int(row.epochs))} of {int(row.epochs)}")
-    if row.state == "running" and not pd.isna(row.step):
-        words.append(f"step {int(row.step)} of {int(row.steps)}")
+        words.append(
+            f"epoch {min(math.ceil(row.done) if scoring else int(row.done) + 1, int(row.epochs))} of {int(row.epochs)}"
+        )
+    if not pd.isna(row.step):
+        words.append("scoring" if scoring else f"step {int(row.step)} of {int(row.steps)}")
     pairs = (("loss {:.3f}", row.train_loss), ("minival top-1 {:.2f} %", row.minival_top1))
     pairs += (("{:,.0f} images/s", row.images_per_second),)
     words += [form.format(value) for form, value in pairs if not pd.isna(value)]

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -173,6 +174,7 @@ class Profile:
     devices: int | str = 1  # processes that share each batch of a run, or "auto": one for every GPU
     retry_lr: float | None = None  # a diverged run is run once more, with its LR times this; both are reported
     search: Search | None = None  # for the coefficients of compound_searched
+    source: str | None = None  # how it was asked for, if not by its name: the path of a file
 
     @property
     def stamp(self) -> str:
@@ -202,6 +204,12 @@ class Profile:
     def _equal(self, axis: str, to: Scaling, coefficients: tuple[float, float, float] = (1.2, 1.1, 1.15)) -> Scaling:
         return _matched(axis, to, coefficients, self.base_resolution, self.num_classes, self.stem_stride)
 
+    def command(self, words: str, results: str | Path | None = None) -> str:
+        """What to type in a shell for `effnet WORDS` on this profile, such as study, with results where they are."""
+        place = None if results is None else Path(results).absolute()
+        elsewhere = "" if place in (None, RESULTS) else f" --results {shlex.quote(str(place))}"
+        return f"effnet {words} {shlex.quote(self.source or self.name)}{elsewhere}"
+
     def cost(self, scaling: Scaling) -> Cost:
         """Parameters, FLOPs and activations of B0 scaled so, in this study."""
         return scaled_cost(scaling, self.base_resolution, self.num_classes, self.stem_stride)
@@ -223,17 +231,17 @@ def load_profile(name: str | Path) -> Profile:
 
     Raises ValueError naming the file, the key, what was expected and what was found.
     """
-    path = Path(name)
+    path, source = Path(name), str(name)
     if path.suffix != ".yaml":
         if str(name) not in profile_names():
             raise unknown_name("profile", str(name), profile_names())
-        path = NOTEBOOKS / "profiles" / f"{name}.yaml"
+        path, source = NOTEBOOKS / "profiles" / f"{name}.yaml", None
     try:
         values = yaml.safe_load(path.read_text())
     except Exception as error:  # yaml lets many kinds through
         raise ValueError(f"profile {path}: cannot be read: {error}") from None
     try:
-        return _checked_profile(path.stem, values)
+        return dataclasses.replace(_checked_profile(path.stem, values), source=source)
     except ValueError as error:
         raise ValueError(f"profile {path.name}: {error}") from None
 
@@ -329,7 +337,7 @@ class Run:
         if self.waiting:
             raise FileNotFoundError(
                 f"{self.folder / COEFFICIENTS} is not there, or of another search than this profile's; search for "
-                f"{self.method}'s coefficients first: effnet search {self.profile.name}"
+                f"{self.method}'s coefficients first: {self.command('search')}"
             )
         return self.profile.scaling(self.method, searched_coefficients(self.profile, self.folder))
 
@@ -409,7 +417,7 @@ class Run:
         if record is not None and (differences := self.differences(record)):
             raise Mismatch(
                 f"{self.directory / 'run.json'} was made with {'; '.join(differences)}; delete {self.directory} to run "
-                "anew, or keep it and give another results folder"
+                "anew, or keep it and give another results folder (results, --results)"
             )
         if processes > 1 and alone and record is None:
             if (holder := holder_of(self.directory)) is not None:
@@ -434,10 +442,14 @@ class Run:
             raise RuntimeError(f"{self.directory.name} {ending(record)}; {self.again}")
         return record
 
+    def command(self, words: str) -> str:
+        """What to type in a shell for `effnet WORDS` on its profile."""
+        return self.profile.command(words, self.results)
+
     @property
     def again(self) -> str:
         """How it is run again after it failed or diverged."""
-        return "run again with: effnet study --retry"
+        return f"run again with: {self.command('study')} --retry"
 
     def set_aside(self) -> None:
         """Make room for another attempt; the record of the last stays as run.earlier.json."""
@@ -504,7 +516,9 @@ class Candidate(Run):
     def about(self) -> dict:
         return super().about | {"method": self.name, "scored": "minival"}
 
-    again = "run again with: effnet search --retry"
+    @property
+    def again(self) -> str:
+        return f"run again with: {self.command('search')} --retry"
 
     def train(self, data: ImageData, *arguments, **options) -> dict:
         return super().train(_without_test(data), *arguments, **options)
@@ -567,7 +581,8 @@ def searched_coefficients(profile: Profile, folder: Path) -> tuple[float, float,
         coefficients = tuple(float(found[name]) for name in ("alpha", "beta", "gamma"))
         compound_scaling(1, *coefficients)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); delete it, then: effnet search {profile.name}") from None
+        again = profile.command("search", folder.parent)
+        raise ValueError(f"{path} is damaged ({error!r}); delete it, then: {again}") from None
     return coefficients if found.get("made_by") == made_by(profile) else None
 
 

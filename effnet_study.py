@@ -9,6 +9,7 @@ effnet_runs.py.
 import argparse
 import dataclasses
 import importlib.util
+import json
 import math
 import os
 import re
@@ -40,6 +41,7 @@ from effnet_execute import (  # noqa: F401 - some of them only passed on
     gpus_per_run,
     run_notebook,
     shares,
+    slurm_executor,
     submit_to_slurm,
 )
 from effnet_lib import (
@@ -47,6 +49,7 @@ from effnet_lib import (
     TABLE7,
     VARIANTS,
     EfficientNet,
+    Mismatch,
     Scaling,
     choose_device,
     cost_by_stage,
@@ -54,6 +57,7 @@ from effnet_lib import (
     create_model,
     device_name,
     gpu_count,
+    holder_of,
     round_resolution,
     unknown_name,
     write_json,
@@ -221,9 +225,10 @@ def study(
     executor: str = "local",
     stop: Path | None = None,
 ) -> int:
-    """Execute a profile's notebooks, those of finished runs excepted. Returns 0 if all runs are finished, else 1.
-    Raises Interrupted in time for $EFFNET_DEADLINE (Unix time), or once a file appears at `stop`: every run that was
-    under way has a checkpoint then.
+    """Execute a profile's notebooks, those of finished runs excepted. Returns 0 if all runs are finished, TRY_AGAIN if
+    another process trains some of them, which are left to it, else 1. Raises Interrupted in time for $EFFNET_DEADLINE
+    (Unix time), or once a file appears at `stop`: every run that was under way has a checkpoint then. Raises Mismatch,
+    before anything is changed, if some runs are of another recipe than the profile's.
 
     jobs, threads: notebooks at a time and CPU threads of each; see `shares` for the defaults.
     retry: run failed and diverged runs again (their records are kept as run.earlier.json).
@@ -233,30 +238,41 @@ def study(
     profile = load_profile(name)
     name, place = _named(name), _place(results)
     runs = plan_runs(profile, results, methods, seeds)
-    todo, analysed = _prepare(runs, retry)
-    print(f"{profile.title}: {len(runs)} runs, {len(todo)} to do ({profile.stamp})", flush=True)
+    folder, todo = runs[0].folder, _to_do(runs, retry)
+    waiting = [run for run in todo if run.state() == "waiting"]
+    searching = _search_is_to_do(profile, folder, waiting)
+    candidates = _candidates(profile, results) if searching else []
+    _refuse_stale([*runs, *candidates])
+    print(f"{profile.title}: {_count(runs)}, {len(todo)} to do ({profile.stamp})", flush=True)
     if todo and executor == "local":  # what is lacking is told once, and not by every notebook
         if choose_device(device).index is not None and gpu_count() > 1:
             raise ValueError(f"device: {device!r}: every notebook has its own GPU; choose by $CUDA_VISIBLE_DEVICES")
         load_data(**profile.data)
+    analysed = _prepare(runs, todo)
     kernels = {"device": device, "threads": threads, "executor": executor, "stop": stop}
-    with live_table(profile, runs):
-        waiting = [run for run in todo if run.state() == "waiting"]
+    with live_table(profile, [*runs, *candidates]):
         _execute_runs(name, [run for run in todo if run not in waiting], place, jobs, **kernels)
-        if _search_is_to_do(profile, runs[0].folder, waiting) and search(name, results, **kernels, retry=retry):
+        if searching and search(name, results, **kernels, retry=retry):
             _execute_runs(name, waiting, place, jobs, **kernels)
         finished = [run for run in runs if run.state() == "finished"]
-        done = True
-        if finished and (not analysed.exists() if analysis is None else analysis):
+        places = [*(run.directory for run in runs), *([folder / "search"] if searching else [])]
+        held = [str(path) for path in places if holder_of(path) is not None]
+        done = not held
+        if finished and done and (not analysed.exists() if analysis is None else analysis):
             notebooks = {"00_architecture": {"profile": name, "explorer": False}, "05_analysis": {"profile": name}}
             executions = [
                 Execution(f"{notebook}: executing", notebook, analysed.with_stem(notebook), given | place)
                 for notebook, given in notebooks.items()
             ]
             done = execute(executions, *shares(len(executions), profile, "cpu"), stop=stop)
-    print_status(profile, results)
+    print_status(profile, results, methods, seeds)
+    if held:
+        print(f"Another process is at work on {', '.join(held)}; when it has ended, the same command does the rest.")
+        return TRY_AGAIN
     if not todo:
-        print(_provenance(profile, results, name))
+        print(_provenance(profile, results))
+    if analysed.exists():
+        print(_findings(folder), flush=True)
     return 0 if len(finished) == len(runs) and done else 1
 
 
@@ -265,21 +281,46 @@ def _place(results: str | Path | None) -> dict[str, str]:
     return {} if results is None else {"results": str(Path(results).absolute())}
 
 
-def _prepare(runs: Sequence[Run], retry: bool) -> tuple[list[Run], Path]:
-    """Make the study's folder ready; the runs whose notebooks are to be executed, and where the analysis goes."""
+def _count(runs: Sequence[Run]) -> str:
+    return f"{len(runs)} run{'s' * (len(runs) != 1)}"
+
+
+def _to_do(runs: Sequence[Run], retry: bool) -> list[Run]:
+    """The runs whose notebooks are to be executed; that of one that was killed after it had finished takes seconds."""
+    return [run for run in runs if _is_to_do(run, retry) or (run.state() == "finished" and not run.executed.exists())]
+
+
+def _refuse_stale(runs: Sequence[Run]) -> None:
+    """Mismatch if some were made with other settings: their numbers and those to come must not meet in one table."""
+    if stale := [run for run in runs if run.state() == "stale"]:
+        lines = [f"  {run.directory}: {'; '.join(run.differences(read_record(run.directory)))}" for run in stale]
+        raise Mismatch(
+            "\n".join([f"{_count(stale)} made with other settings than the profile has now:", *lines])
+            + "\nNothing was changed. Set the profile back; delete these folders, to train them anew; or keep them and "
+            "give another folder for results: --results DIR"
+        )
+
+
+def _prepare(runs: Sequence[Run], todo: Sequence[Run]) -> Path:
+    """Make the study's folder ready for runs that are to do; where the analysis goes."""
     folder = runs[0].folder
-    for run in runs:
-        if retry and run.state() in ("failed", "diverged"):
-            run.set_aside()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):  # can it be written to at all?
         pass
-    # A run whose notebook was killed after it had finished takes seconds, and then has one too
-    todo = [run for run in runs if _is_to_do(run) or (run.state() == "finished" and not run.executed.exists())]
+    for run in todo:
+        if run.state() == "failed" or (run.state() == "diverged" and not run.to_retry):
+            run.set_aside()
     analysed = folder / "notebooks" / "05_analysis.ipynb"
     if todo:
         analysed.unlink(missing_ok=True)  # it will be out of date, and is missed if we do not come to it
-    return todo, analysed
+    return analysed
+
+
+def _findings(folder: Path) -> str:
+    """What the analysis has found, in a few lines, and where all of it is."""
+    found = json.loads((folder / "tables" / "verdict.json").read_text())
+    lines = [f"{claim}: {verdict}" for claim, verdict in found["claims"].items()]
+    return "\n".join(["", *lines, f"({found['stamp']}) All of it: {folder / 'README.md'}"])
 
 
 def _search_is_to_do(profile: Profile, folder: Path, waiting: Sequence[Run]) -> bool:
@@ -360,17 +401,21 @@ def submit(
     profile = load_profile(name)
     name, place = _named(name), _place(results)
     runs = plan_runs(profile, results, methods, seeds)
-    todo, analysed = _prepare(runs, retry)
+    folder, todo = runs[0].folder, _to_do(runs, retry)
+    ready = [run for run in todo if run.state() != "waiting"]
+    searching = _search_is_to_do(profile, folder, [run for run in todo if run not in ready])
+    _refuse_stale([*runs, *(_candidates(profile, results) if searching else ())])
+    slurm = slurm_executor(folder, seconds)  # refuses before anything is changed
+    analysed = _prepare(runs, todo)
     if not todo and (analysed.exists() if analysis is None else not analysis):
         return []
-    ready = [run for run in todo if run.state() != "waiting"]
     executions = _executions(name, _longest_first(ready), place, device)
-    if _search_is_to_do(profile, runs[0].folder, [run for run in todo if run not in ready]):
+    if searching:
         executions.append(_search_execution(name, results, device, retry))
     gpus = 0 if device == "cpu" else gpus_per_run(profile, 1)
     closing = {"methods": methods, "seeds": seeds, "device": device, "threads": threads, "analysis": analysis}
     options = {"seconds": seconds, "jobs": jobs, "threads": threads, "gpus": gpus}
-    return submit_to_slurm(executions, _close, (name, results, closing), runs[0].folder, **options)
+    return submit_to_slurm(slurm, executions, _close, (name, results, closing), folder, **options)
 
 
 def _close(name: str, results: str | Path | None, options: Mapping, stop: Path) -> bool:
@@ -403,20 +448,29 @@ def search(
 
 
 def _search_execution(name: str | Path, results: str | Path | None, device: str | None, retry: bool) -> Execution:
-    profile = load_profile(name)
-    _, candidates = plan_search(profile, results)
-    for candidate in (dataclasses.replace(c, seed=seed) for c in candidates for seed in profile.search.seeds):
+    candidates = _candidates(load_profile(name), results)
+    _refuse_stale(candidates)
+    for candidate in candidates:
         if retry and candidate.state() in ("failed", "diverged"):
             candidate.set_aside()
     folder, parameters = candidates[0].folder, {"profile": _named(name), "device": device, **_place(results)}
-    output, about = folder / "notebooks" / "03_coefficient_search.ipynb", f"{len(candidates)} candidates"
-    return Execution(f"coefficient search: {about}", output.stem, output, parameters, folder / "search")
+    output, count = folder / "notebooks" / "03_coefficient_search.ipynb", len({c.name for c in candidates})
+    return Execution(f"coefficient search: {count} candidates", output.stem, output, parameters, folder / "search")
 
 
-def _is_to_do(run: Run) -> bool:
-    """Whether it has not ended. One that failed or diverged has: it is never silently run again."""
+def _candidates(profile: Profile, results: str | Path | None) -> list[Candidate]:
+    """All that a profile's search may train, with each of its seeds."""
+    _, candidates = plan_search(profile, results)
+    return [dataclasses.replace(c, seed=seed) for seed in profile.search.seeds for c in candidates]
+
+
+def _is_to_do(run: Run, retry: bool = False) -> bool:
+    """Whether it has not ended. One that failed or diverged has, and is never silently run again; nor is one made anew
+    whose record is damaged, for that cannot be told from a lost result."""
     state = run.state()
-    return state not in ("finished", "failed", "diverged") or (state == "diverged" and run.to_retry)
+    if state in ("failed", "diverged"):
+        return retry or (state == "diverged" and run.to_retry)
+    return state not in ("finished", "damaged")
 
 
 def _longest_first(runs: Sequence[Run]) -> list[Run]:
@@ -425,7 +479,7 @@ def _longest_first(runs: Sequence[Run]) -> list[Run]:
     return sorted(runs, key=lambda run: (seeds.index(run.seed), run.method != "baseline", -run.cost.activations))
 
 
-def _provenance(profile: Profile, results: str | Path | None, name: str) -> str:
+def _provenance(profile: Profile, results: str | Path | None) -> str:
     """Who made the runs that are there, when, on what, and how to repeat them."""
     table = load_runs(profile, results).query("status == 'finished'")
     if table.empty:
@@ -437,7 +491,7 @@ def _provenance(profile: Profile, results: str | Path | None, name: str) -> str:
     return (
         f"\nThese {len(table)} runs are finished: {made}; run {first}{'' if first == last else f' to {last}'} "
         f"on {', '.join(table['device'].unique())}, code {', '.join(str(c)[:10] for c in table['commit'].unique())}.\n"
-        f"To repeat them elsewhere: effnet study {name} --results DIR"
+        f"To repeat them elsewhere: {profile.command('study')} --results DIR"
     )
 
 
@@ -456,7 +510,7 @@ def plan(
     runs = [run for run in plan_runs(profile, results) if _is_to_do(run)]
     waiting = [run for run in runs if run.state() == "waiting"]
     if waiting:
-        print(f"{len(waiting)} runs wait for their coefficients and are not counted: effnet search {profile.name}")
+        print(f"not counted, for want of coefficients: {_count(waiting)}; {waiting[0].command('search')}")
     runs = [run for run in runs if run not in waiting]
     if runs:
         data = load_data(**profile.data, download=False)
@@ -755,7 +809,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if by_slurm:
                 jobs = submit(args.profile, args.results, **options, seconds=args.time_budget or 3600)
                 last = f", the last of which, {jobs[-1].job_id}, waits for the others" if len(jobs) > 1 else ""
-                print(f"submitted {len(jobs)} jobs{last}; how far they are: effnet status {args.profile} --watch")
+                how_far = load_profile(args.profile).command("status", args.results)
+                print(f"submitted {len(jobs)} jobs{last}; how far they are: {how_far} --watch")
             else:
                 return study(args.profile, args.results, **options, executor=args.executor)
         elif args.command == "status":
@@ -766,7 +821,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_plan(table, shares(len(table), load_profile(args.profile), **chosen)[0])
         elif args.command == "search":
             options = {name: getattr(args, name) for name in ("device", "threads", "retry")}
-            return 0 if search(args.profile, args.results, **options) else 1
+            profile = load_profile(args.profile)
+            with live_table(profile, _candidates(profile, args.results)):
+                done = search(args.profile, args.results, **options)
+            if not done:
+                return 1
+            found = json.loads((Path(args.results or RESULTS) / profile.name / COEFFICIENTS).read_text())
+            print(f"{describe_search(found)} ({found['stamp']})")
         elif args.command == "bench":
             bench(args.results, device=args.device, rounds=args.rounds, models=args.models)
         elif args.command == "train":

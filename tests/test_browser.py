@@ -291,7 +291,7 @@ def test_training_shows_itself_stops_and_goes_on(visit, lab):
 
     cell.locator(".jp-InputArea-editor").click()
     page.keyboard.press("Shift+Enter")
-    said.get_by_text("continues after epoch").wait_for()
+    said.get_by_text(re.compile("continues (after|in) epoch")).wait_for()
     cell.locator(".effnet-live[data-state=finished]").wait_for(timeout=240_000)
     assert cell.locator(".effnet-live img").count() == 0  # the next cell draws the curve
 

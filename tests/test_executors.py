@@ -20,7 +20,7 @@ from conftest import write_record
 import effnet_execute
 import effnet_study as study
 from effnet_execute import SlurmTask
-from effnet_lib import Killed
+from effnet_lib import Held, Killed, hold, holder_of
 
 TRAIN = {"epochs": 2, "batch_size": 4, "optimizer": "sgd", "lr": 0.02, "norm_momentum": 0.1, "save_steps": 5}
 LONG = {"methods": ["baseline"], "data": {"name": "digits", "size": 16, "train_per_class": 20}, "train": TRAIN}
@@ -53,8 +53,8 @@ def test_a_worker_of_ray_is_killed_and_the_study_completes_with_the_same_results
     """Two workers; one is killed in the middle of its run, the other's notebook fails, which is no reason to retry."""
     pytest.importorskip("ray")
     path = profile_file(**LONG | {"methods": ["baseline", "width"]})
-    run, stale = study.plan_runs(study.load_profile(path), tmp_path / "ray")
-    write_record(stale, config={**stale.config.__dict__, "lr": 3.0})
+    run, other = study.plan_runs(study.load_profile(path), tmp_path / "ray")
+    (other.directory / "weights.safetensors").mkdir(parents=True)  # in the way of a file
     words = ["--executor", "ray", "--device", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command(path, tmp_path / "ray", *words), cwd=study.ROOT, **pipes)
@@ -65,7 +65,7 @@ def test_a_worker_of_ray_is_killed_and_the_study_completes_with_the_same_results
     worker.send_signal(signal.SIGKILL)
     said, errors = process.communicate(timeout=1500)
     assert process.returncode == 1, errors  # for the notebook that failed
-    assert "continues after epoch" in said + errors
+    assert "  continues " in said + errors
     assert (said + errors).count("02_single_axis_scaling failed") == 1
     assert kill.end_of(run.directory) == alone(path, tmp_path / "alone")
     assert run.executed.exists() and (run.folder / "notebooks" / "05_analysis.ipynb").exists()
@@ -98,7 +98,7 @@ def test_a_killed_kernel_is_replaced_and_goes_on(profile_file, tmp_path, request
     os.kill(wait_for_checkpoint(run, process), signal.SIGKILL)
     said, errors = process.communicate(timeout=1500)
     assert process.returncode == 0, errors
-    assert "its process was killed" in errors and "attempted again" in errors and "continues after epoch" in said
+    assert "its process was killed" in errors and "attempted again" in errors and "  continues " in said
     assert kill.end_of(run.directory) == alone(path, tmp_path / "alone")
     assert not (run.folder / "notebooks" / "05_analysis.ipynb").exists()
 
@@ -213,8 +213,12 @@ def test_slurm_is_not_given_too_little_time_nor_nothing_to_do(profile_file, tmp_
 def test_without_slurm_that_is_said(profile_file, tmp_path, capsys, monkeypatch):
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert study.main(["study", str(profile_file()), "--results", str(tmp_path), "--executor", "slurm"]) == 2
-    assert "executor slurm: " in capsys.readouterr().err
+    path = profile_file(methods=["baseline"])
+    analysed = tmp_path / "tiny" / "notebooks" / "05_analysis.ipynb"
+    analysed.parent.mkdir(parents=True)
+    analysed.touch()
+    assert study.main(["study", str(path), "--results", str(tmp_path), "--executor", "slurm"]) == 2
+    assert "executor slurm: " in capsys.readouterr().err and analysed.exists()
 
 
 def test_a_job_of_slurm_that_is_warned_stops_and_goes_on_when_it_is_started_again(profile_file, tmp_path):
@@ -231,7 +235,7 @@ def test_a_job_of_slurm_that_is_warned_stops_and_goes_on_when_it_is_started_agai
     papermill = kernel.parent()
     for process in (kernel, papermill, papermill.parent()):  # Slurm warns every process of a job
         process.send_signal(signal.SIGUSR2)
-    assert job.result() is True and "continues after epoch" in job.stdout()
+    assert job.result() is True and "  continues " in job.stdout()
     assert kill.end_of(run.directory) == alone(path, tmp_path / "alone")
 
 
@@ -249,3 +253,27 @@ def test_what_a_study_lacks_is_told_once(profile_file, tmp_path, monkeypatch, ca
     assert study.main(["study", str(profile_file(**changes)), "--results", str(tmp_path), *words]) == 2
     said = capsys.readouterr().err
     assert len(re.findall(message, said)) == 1 and "failed; see" not in said
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_a_run_that_another_trains_is_left_to_it(profile_file, tmp_path, monkeypatch, capsys):
+    path = profile_file(methods=["baseline", "width"])
+    held, free = study.plan_runs(study.load_profile(path), tmp_path)
+    monkeypatch.setattr(effnet_execute, "run_notebook", lambda *arguments: write_record(free))
+    monkeypatch.setattr(effnet_execute, "_wait_until_free", lambda folder, seconds: holder_of(folder))
+    held.directory.mkdir(parents=True)
+    with hold(held.directory):
+        assert study.main(["study", str(path), "--results", str(tmp_path), "--device", "cpu"]) == study.TRY_AGAIN
+    said = capsys.readouterr().out
+    assert re.search(rf"baseline, seed 0, 24 px: left to process {os.getpid()} on", said)
+    assert f"Another process is at work on {held.directory}" in said and free.state() == "finished"
+    assert not (held.folder / "notebooks" / "05_analysis.ipynb").exists()
+
+
+def test_a_notebook_whose_run_is_held_after_all_leaves_nothing_behind(profile_file, tmp_path):
+    run = study.Run.plan(profile_file(), "baseline", 0, tmp_path)
+    run.directory.mkdir(parents=True)
+    parameters = {"profile": run.profile.source, "results": str(tmp_path), "device": "cpu"}
+    with hold(run.directory), pytest.raises(Held):
+        study.run_notebook("01_baseline_b0", run.executed, parameters)
+    assert not list(run.executed.parent.iterdir())

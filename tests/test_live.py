@@ -166,9 +166,12 @@ def test_a_notebooks_cell_shows_a_bar_and_a_curve_in_place(profile_file, tmp_pat
     assert states[0] == "waiting" and set(states[1:-1]) == {"running"} and states[-1] == "finished"
     running, last = (bundle["text/html"] for bundle in (handle.shown[-2], handle.shown[-1]))
     assert '<progress max="3"' in running and 'alt="Training loss and minival top-1 after' in running
-    assert 'value="3.000"' in last and "<img" not in last and "finished after 3 epochs" in last
+    assert 'value="3.000"' in last and "after 3 of 3 epochs" in last and "finished after 3 epochs" in last
     assert "baseline, seed 0: finished after 3 epochs" in handle.shown[-1]["text/plain"]
     assert not any("about  left" in b["text/html"] or "about left" in b["text/html"] for b in handle.shown[1:])
+    with Live(run, curve=False):
+        pass
+    assert "finished" in handle.shown[-1]["text/html"] and "<img" not in handle.shown[-1]["text/html"]
 
 
 def test_a_cell_that_is_stopped_keeps_its_curve_and_says_how_to_go_on(profile_file, tmp_path, handle):
@@ -181,10 +184,25 @@ def test_a_cell_that_is_stopped_keeps_its_curve_and_says_how_to_go_on(profile_fi
         return images
 
     with pytest.raises(Interrupted) as raised, Live(run):
-        run.train(Disturbed(study.load_data(**run.profile.data), stop, epoch=1, step=1), "cpu")
-    assert handle.states()[-1] == "stopped" and "<img" in handle.shown[-1]["text/html"]
+        run.train(Disturbed(study.load_data(**run.profile.data), stop, epoch=1, step=0), "cpu")
+    last = handle.shown[-1]["text/html"]
+    assert handle.states()[-1] == "stopped" and "<img" in last
+    assert re.search(r"interrupted, epoch 2 of 3, step [1-9]\d* of", last)  # where it goes on, by its checkpoint
     (line,) = raised.value._render_traceback_()
     assert "stopped by SIGINT in epoch 2" in line and line.endswith("Run the cell again to go on.")
+
+
+def test_while_it_scores_a_run_says_so(profile_file, tmp_path, handle):
+    run = study.Run.plan(profile_file(train=TRAIN), "baseline", 0, tmp_path)
+    run.directory.mkdir(parents=True)
+    at = {"steps": 7, "seconds": 1.0, "images_per_second": 3.0, "loss": None, "saved": 0}
+    with hold(run.directory), Live(run) as live:
+        tell(run.directory, epoch=1, step=7, **at)
+        live._show("running")
+        assert "running, epoch 1 of 3, scoring" in handle.shown[-1]["text/plain"]
+        tell(run.directory, epoch=1, step=3, **at)
+        live._show("running")
+        assert "running, epoch 1 of 3, step 3 of 7" in handle.shown[-1]["text/plain"]
 
 
 def test_several_runs_are_a_table_and_a_study_shows_nothing(profile_file, tmp_path, handle, monkeypatch):

@@ -217,16 +217,14 @@ def test_what_was_killed_after_its_run_had_finished_is_made_up(executed):
 def test_a_failing_notebook_fails_the_study_and_the_others_go_on(profile_file, tmp_path):
     path = profile_file(methods=["compound", "baseline"], data={"name": "digits", "size": 16, "train_per_class": 4})
     run = study.Run.plan(path, "compound", 0, tmp_path)
-    run.directory.mkdir(parents=True)
-    record = {"schema": 1, "status": "failed", "error": "", "seed": 0, "config": {"lr": 3.0}}  # stale
-    (run.directory / "run.json").write_text(json.dumps(record))
+    (run.directory / "weights.safetensors").mkdir(parents=True)  # in the way of a file
     command = [sys.executable, "-m", "effnet_study", "study", str(path), "--results", str(tmp_path)]
     done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 1
-    assert "04_compound_scaling failed" in done.stderr and "delete" in done.stderr
+    assert "04_compound_scaling failed" in done.stderr and "Is a directory" in done.stderr
     assert run.executed.with_suffix(".partial.ipynb").exists() and not run.executed.exists()
     states = study.load_runs(path, tmp_path).set_index("method")["status"]
-    assert states.to_dict() == {"compound": "stale", "baseline": "finished"}
+    assert states.to_dict() == {"compound": "interrupted", "baseline": "finished"}
     assert (tmp_path / "tiny" / "tables" / "table7.csv").exists()
 
 
@@ -249,7 +247,7 @@ def test_an_interrupted_study_continues(profile_file, tmp_path):
         progress = torch.load(run.directory / "checkpoint.pt", weights_only=True)["progress"]
         assert progress["step"] > 0 and not progress["history"]
     done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0 and done.stdout.count("continues after epoch 0, step") == 2
+    assert done.returncode == 0 and done.stdout.count("continues in epoch 1 after step") == 2
     assert all(run.executed.exists() for run in runs)
 
 

@@ -26,7 +26,7 @@ import effnet_lib
 import effnet_runs
 import effnet_study as study
 from effnet_lib import Interrupted, TrainConfig, train
-from effnet_records import read_checkpoint, read_record, write_checkpoint
+from effnet_records import read_checkpoint, read_record, write_checkpoint, write_json
 
 
 def same_end(one, other):
@@ -134,7 +134,7 @@ def test_several_processes_stop_together_and_go_on(profile_file, tmp_path, monke
     assert run.state() == "interrupted" and read_record(run.directory) is None
     monkeypatch.delenv("EFFNET_DEADLINE")
     assert run.train(data, "cpu")["devices"] == 2 and len(study.load_history(run.directory)) == 2
-    assert "continues after epoch 0, step 2" in capfd.readouterr().out
+    assert "continues in epoch 1 after step 2" in capfd.readouterr().out
 
 
 def test_a_study_without_time_starts_nothing(profile_file, tmp_path, capsys):
@@ -325,7 +325,7 @@ def test_data_deleted_between_two_starts_is_told_and_nothing_is_lost(image_folde
         assert study.main(words) == 2 and str(pictures) in capsys.readouterr().err
         assert study.Run.plan(path, "baseline", 0, tmp_path).state() == "interrupted"
         (tmp_path / "elsewhere").rename(pictures)
-        assert study.main(words) == 75 and "continues after epoch" in capsys.readouterr().out
+        assert study.main(words) == 75 and "  continues " in capsys.readouterr().out
     finally:
         os.environ.pop("EFFNET_DEADLINE", None)
 
@@ -395,6 +395,27 @@ def test_a_record_that_was_edited_is_named_and_left_out(profile_file, tmp_path, 
     file = tmp_path / "tiny" / "pilots" / "run.json"
     file.rename(tmp_path / "tiny" / "pilots" / "one" / "run.json")
     assert study.load_pilots(path, tmp_path).empty and "is damaged" in capsys.readouterr().out
+
+
+def test_a_study_whose_recipe_has_changed_is_refused_before_anything_is_touched(profile_file, tmp_path, capsys):
+    """Else its search would overwrite coefficients that finished runs are made by."""
+    changes = {"methods": ["baseline", "compound_searched"], "search": {"step": 0.4}}
+    profile = study.load_profile(profile_file(**changes))
+    (tmp_path / "tiny").mkdir()
+    found = {"alpha": 1.4, "beta": 1.0, "gamma": 1.2, "made_by": study.made_by(profile)}
+    write_json(tmp_path / "tiny" / "coefficients.json", found)
+    runs, candidate = study.plan_runs(profile, tmp_path), study.plan_search(profile, tmp_path)[1][0]
+    for run in (*runs, candidate):
+        write_record(run)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    changed = profile_file(**changes, train={"epochs": 1, "batch_size": 20, "optimizer": "sgd", "lr": 0.03})
+    for words in (["study"], ["study", "--methods", "compound_searched"], ["search"]):
+        assert study.main([words[0], str(changed), "--results", str(tmp_path), *words[1:]]) == 2
+        said = capsys.readouterr().err
+        assert ", now 0.03" in said and "Nothing was changed" in said and "--results DIR" in said
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before | {
+            changed: changed.read_bytes()
+        }
 
 
 def test_a_stale_run_says_what_has_changed(profile_file, tmp_path, capsys):

@@ -117,7 +117,8 @@ def test_searched_coefficients_are_scaled_to_the_cost_of_compound(profile_file, 
     compound, searched = study.plan_runs(profile, tmp_path)
     assert searched.state() == "waiting" and compound.state() == "missing"
     with pytest.raises(
-        FileNotFoundError, match="search for compound_searched's coefficients first: effnet search tiny"
+        FileNotFoundError,
+        match="search for compound_searched's coefficients first: effnet search .*tiny.yaml --results",
     ):
         searched.scaling  # noqa: B018
     found(profile, tmp_path)
@@ -150,12 +151,20 @@ def test_what_waits_for_a_search_is_told(profile_file, tmp_path, capsys):
     table = study.load_runs(profile, tmp_path)
     assert table["status"].tolist() == ["waiting"] and pd.isna(table["resolution"][0])
     assert study.main(["status", path, "--results", str(tmp_path)]) == 0
-    assert "compound_searched seed 0 waits for its coefficients: effnet search tiny" in capsys.readouterr().out
+    assert (
+        f"compound_searched seed 0 waits for its coefficients: effnet search {path} --results {tmp_path}"
+        in capsys.readouterr().out
+    )
     assert study.main(["plan", path, "--results", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "1 runs wait for their coefficients" in said and "all runs that can start have ended" in said
+    assert (
+        "not counted, for want of coefficients: 1 run; effnet search " in said
+        and "all runs that can start have ended" in said
+    )
     found(profile, tmp_path, alpha="x")
-    with pytest.raises(ValueError, match=r"coefficients.json is damaged .*; delete it, then: effnet search tiny"):
+    with pytest.raises(
+        ValueError, match=r"coefficients.json is damaged .*; delete it, then: effnet search .*tiny.yaml --results"
+    ):
         study.plan_runs(profile, tmp_path)[0].state()
 
 
@@ -176,7 +185,7 @@ def test_a_failed_candidate_is_trained_again_when_asked(searching, tmp_path, mon
     write_record(candidates[1])
     monkeypatch.setattr(study, "_execute", lambda *a: True)
     monkeypatch.setattr(study, "load_profile", lambda name: profile)
-    assert "effnet search --retry" in candidates[0].again
+    assert "run again with: effnet search " in candidates[0].again and f"{tmp_path} --retry" in candidates[0].again
     study.search("tiny", tmp_path)
     assert candidates[0].state() == "failed"
     study.search("tiny", tmp_path, retry=True)

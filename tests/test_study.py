@@ -388,7 +388,8 @@ def test_status_lists_every_run(profile_file, tmp_path, capsys):
     assert study.main(["status", str(path), "--results", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "61.50" in out and "1 finished, 1 diverged, 3 missing" in out
-    assert "diverged in epoch 2, step 7, at LR 0.05; run it again with --retry" in out
+    again = f"run again with: effnet study {path} --results {tmp_path} --retry"
+    assert f"diverged in epoch 2, step 7, at LR 0.05; {again}" in out
 
 
 def test_train_works_without_a_notebook(profile_file, tmp_path, capsys):
