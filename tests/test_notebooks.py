@@ -85,12 +85,14 @@ def test_the_study_executes_every_notebook(executed):
 
 
 def test_the_study_prints_a_line_per_epoch_and_a_closing_table(executed):
-    done, _, _ = executed
+    done, folder, _ = executed
     lines = [line for line in done.stdout.splitlines() if "  epoch " in line]
     assert len(lines) == 6 * 2 + 3  # and one of each candidate of the search
     (first,) = [line for line in lines if line.startswith("baseline") and "1/2" in line]
     assert all(word in first for word in ("seed 0", "loss", "top-1", "images/s", "left"))
     assert done.stdout.count("finished") >= 6 and "pipeline check, not evidence" in done.stdout
+    said = done.stdout.splitlines()[-2:]
+    assert said[0].endswith(": inconclusive") and said[1].endswith(f"All of it: {folder / 'README.md'}")
 
 
 def test_the_analysis_writes_tables_figures_verdict_and_a_page(executed):

@@ -225,7 +225,7 @@ def test_pruning_ends_a_run_before_its_last_epoch_and_stays(tmp_path, digits, ti
     assert other["status"] == "finished"  # after its last epoch there is nothing to save
 
 
-def test_a_search_by_halving_prunes_continues_and_says_how_sure_it_is(profile_file, tmp_path):
+def test_a_search_by_halving_prunes_continues_and_says_how_sure_it_is(profile_file, tmp_path, capsys):
     """03 from end to end: interrupted after its first candidate, then to its end, then again without any training."""
     data = {"name": "digits", "size": 16, "train_per_class": 12}
     search = {"step": 0.2, "halving": 2, "seeds": [0, 1], "max_flops": 2.5}
@@ -252,7 +252,8 @@ def test_a_search_by_halving_prunes_continues_and_says_how_sure_it_is(profile_fi
     assert study.searched_coefficients(profile, tmp_path / "tiny") == tuple(table.loc[best, ["alpha", "beta", "gamma"]])
     assert len(outcome["interval_over_seeds"]) == 2 and outcome["finished"] == (states == "finished").sum()
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "tiny" / "search").rglob("run.json")}
-    study.run_notebook("03_coefficient_search", tmp_path / "03.ipynb", parameters)
+    assert study.main(["search", str(path), "--results", str(tmp_path)]) == 0
+    assert f"alpha {outcome['alpha']:g}, beta {outcome['beta']:g}" in capsys.readouterr().out
     assert before == {file: file.stat().st_mtime_ns for file in before}
     assert json.loads((tmp_path / "tiny" / "coefficients.json").read_text()) == outcome
 
