@@ -127,7 +127,10 @@ class TrainConfig:
     lr: float = 0.016  # peak, at this batch size; the field uses 0.016 per 256 images for rmsprop
     momentum: float = 0.9
     weight_decay: float = 1e-5  # L2, not on norms and biases
-    schedule: str = "cosine"  # cosine or linear, from the peak to zero over all steps
+    schedule: str = "cosine"  # cosine or linear, from the peak to final_lr over all steps
+    final_lr: float = (
+        0.0  # share of the peak at the end; above 0 the LR is not annealed, a mistake that can be measured so
+    )
     warmup: float = 0.05  # fraction of all steps with linearly rising LR
     label_smoothing: float = 0.1
     dropout: float = 0.2
@@ -180,7 +183,7 @@ class TrainConfig:
             ("seed weight_decay clip_norm mixup cutmix", "finite and at least 0", lambda v: 0 <= v < math.inf),
             ("lr", "finite and above 0", lambda v: 0 < v < math.inf),
             ("crop_area norm_momentum", "above 0 and at most 1", lambda v: 0 < v <= 1),
-            ("color_jitter erasing", "in [0, 1]", lambda v: 0 <= v <= 1),
+            ("final_lr color_jitter erasing", "in [0, 1]", lambda v: 0 <= v <= 1),
             ("translate hue", "in [0, 0.5]", lambda v: 0 <= v <= 0.5),
             ("rotate", "in [0, 180]", lambda v: 0 <= v <= 180),
             ("randaugment", "in [0, 30]", lambda v: 0 <= v <= 30),
@@ -214,11 +217,12 @@ class TrainConfig:
 
 
 def learning_rate(config: TrainConfig, fraction: float) -> float:
-    """LR at `fraction` (0 to 1) of all steps: linear warm-up, then down to zero at 1, however long the run."""
+    """LR at `fraction` (0 to 1) of all steps: linear warm-up, then down to its end at 1, however long the run."""
     if fraction < config.warmup:
         return config.lr * fraction / config.warmup
     rest = (fraction - config.warmup) / (1 - config.warmup)
-    return config.lr * (1 - rest if config.schedule == "linear" else (1 + math.cos(math.pi * rest)) / 2)
+    left = 1 - rest if config.schedule == "linear" else (1 + math.cos(math.pi * rest)) / 2
+    return config.lr * (config.final_lr + (1 - config.final_lr) * left)
 
 
 class RMSpropTF(torch.optim.Optimizer):

@@ -174,6 +174,7 @@ class Profile:
     devices: int | str = 1  # processes that share each batch of a run, or "auto": one for every GPU
     retry_lr: float | None = None  # a diverged run is run once more, with its LR times this; both are reported
     search: Search | None = None  # for the coefficients of compound_searched
+    ablation_of: str | None = None  # the profile of which this one is, but for what its own file says
     source: str | None = None  # how it was asked for, if not by its name: the path of a file
 
     @property
@@ -231,28 +232,54 @@ def load_profile(name: str | Path) -> Profile:
 
     Raises ValueError naming the file, the key, what was expected and what was found.
     """
-    path, source = Path(name), str(name)
+    path, values = _read_profile(name)
+    try:
+        profile = _checked_profile(path, values)
+    except ValueError as error:
+        raise ValueError(f"profile {path.name}: {error}") from None
+    return dataclasses.replace(profile, source=str(name) if Path(name).suffix == ".yaml" else None)
+
+
+def _read_profile(name: str | Path) -> tuple[Path, dict]:
+    """A profile's file and what it says."""
+    path = Path(name)
     if path.suffix != ".yaml":
         if str(name) not in profile_names():
             raise unknown_name("profile", str(name), profile_names())
-        path, source = NOTEBOOKS / "profiles" / f"{name}.yaml", None
+        path = NOTEBOOKS / "profiles" / f"{name}.yaml"
     try:
         values = yaml.safe_load(path.read_text())
     except Exception as error:  # yaml lets many kinds through
         raise ValueError(f"profile {path}: cannot be read: {error}") from None
-    try:
-        return dataclasses.replace(_checked_profile(path.stem, values), source=source)
-    except ValueError as error:
-        raise ValueError(f"profile {path.name}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"profile {path.name}: expected keys and values, got {values!r}")
+    return path, values
 
 
-def _checked_profile(name: str, values: object) -> Profile:
+def _as_changed(path: Path, values: dict) -> dict:
+    """What an ablation's file says, laid over all that the profile says of which it is one; its methods are its own."""
+    other = values["ablation_of"]
+    other = path.parent / other if other.endswith(".yaml") else other
+    load_profile(other)  # refuses one that is not valid itself
+    _, whole = _read_profile(other)
+    if "ablation_of" in whole:
+        raise ValueError(
+            f"ablation_of: {values['ablation_of']} is itself an ablation; name the profile that it changes"
+        )
+    kept = {key: value for key, value in whole.items() if key not in ("title", "methods", "search")}
+    train = values.get("train")
+    changed = {"train": kept["train"] | train} if isinstance(train, dict) else {}
+    return kept | values | changed | {"ablation_of": str(other)}
+
+
+def _checked_profile(path: Path, values: dict) -> Profile:
+    name = path.stem
     kinds = {"title": str, "purpose": str, "data": dict, "base_resolution": int, "stem_stride": int}
     kinds |= {"methods": list, "seeds": list, "train": dict, "devices": int | str, "retry_lr": float | None}
-    kinds |= {"search": dict | None}
-    if not isinstance(values, dict):
-        raise ValueError(f"expected keys and values, got {values!r}")
-    values = {"devices": 1, "retry_lr": None, "search": None, **values}
+    kinds |= {"search": dict | None, "ablation_of": str | None}
+    if isinstance(values.get("ablation_of"), str):
+        values = _as_changed(path, values)
+    values = {"devices": 1, "retry_lr": None, "search": None, "ablation_of": None, **values}
     for key in [*values, *kinds]:
         if key not in kinds:
             raise unknown_name("key", key, kinds)

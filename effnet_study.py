@@ -1,16 +1,15 @@
-"""The study: statistics, execution of the notebooks, and the `effnet` command.
+"""The study: execution of its notebooks, and the `effnet` command.
 
 profiles/NAME.yaml says what is compared on which images by which recipe. `effnet study NAME` executes one
 notebook per method and seed, each of which trains one network and writes results/NAME/runs/...; then the analysis
-notebook reads all run records and writes tables, figures and verdicts. Profiles and runs, all passed on here, are in
-effnet_runs.py.
+notebook reads all run records and writes tables, figures and verdicts. Profiles and runs are in effnet_runs.py,
+statistics in effnet_stats.py; all of both is passed on here.
 """
 
 import argparse
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import re
 import signal
@@ -22,11 +21,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 import yaml
-from scipy import stats
 
 from effnet_data import NAMES, DamagedImages, data_root, describe_data, inspect_data, load_data, sample_grid
 from effnet_execute import (  # noqa: F401 - some of them only passed on
@@ -51,6 +48,7 @@ from effnet_lib import (
     EfficientNet,
     Mismatch,
     Scaling,
+    TrainConfig,
     choose_device,
     cost_by_stage,
     count_cost,
@@ -58,6 +56,7 @@ from effnet_lib import (
     device_name,
     gpu_count,
     holder_of,
+    recipe,
     round_resolution,
     unknown_name,
     write_json,
@@ -97,118 +96,25 @@ from effnet_runs import (  # noqa: F401 - some of them only passed on
     text_color,
 )
 from effnet_speed import estimate_seconds
+from effnet_stats import (  # noqa: F401 - some of them only passed on
+    MARGIN,
+    bootstrap,
+    calibration,
+    contrast_interval,
+    holm,
+    number,
+    overall,
+    paired_bootstrap,
+    t_interval,
+    verdict,
+    welch_holm,
+)
 from effnet_use import check_on_imagenet, export, load_classifier, load_run, predict  # noqa: F401 - passed on
 
 STYLE = NOTEBOOKS / "study.mplstyle"  # for matplotlib: plt.style.use(study.STYLE)
-MARGIN = 0.5  # points of top-1 within which two methods count as equal
 
 
-# ---- 1. Statistics -------------------------------------------------------------------------------------------------
-
-
-def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean, low, high of Student's t interval over seeds (n,). Below two values low and high are NaN."""
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return float(values.mean()), math.nan, math.nan
-    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
-
-
-def holm(p: Sequence[float]) -> np.ndarray:
-    """Holm's step-down adjustment of p values (k,): each is compared with alpha afterwards."""
-    p = np.asarray(p, float)
-    order = np.argsort(p)
-    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    return np.minimum(adjusted, 1)[np.argsort(order)]
-
-
-def welch_holm(scores: Mapping[str, Sequence[float]], contrasts: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """Planned contrasts (target, other) of one family, scores by method over seeds: a row each with the difference
-    target - other, Welch's 95 % interval and p, Holm's p over the family, and the verdict on "target beats other"."""
-    rows = []
-    for target, other in contrasts:
-        a, b = np.asarray(scores[target], float), np.asarray(scores[other], float)
-        row = {"contrast": f"{target} - {other}", "n": min(len(a), len(b)), "difference": a.mean() - b.mean()}
-        if row["n"] >= 2:
-            test = stats.ttest_ind(a, b, equal_var=False)
-            interval = test.confidence_interval(0.95)
-            row |= {"low": interval.low, "high": interval.high, "p": test.pvalue}
-        rows.append({"low": math.nan, "high": math.nan, "p": math.nan} | row)
-    table = pd.DataFrame(rows)
-    table["p_holm"] = holm(table["p"]) if table["p"].notna().all() else math.nan
-    columns = ("difference", "low", "high", "p_holm", "n")
-    table["verdict"] = [verdict(*row) for row in table[list(columns)].itertuples(index=False)]
-    return table[["contrast", "n", "difference", "low", "high", "p", "p_holm", "verdict"]]
-
-
-def verdict(
-    difference: float, low: float, high: float, p_holm: float, n: int, margin: float = MARGIN, alpha: float = 0.05
-) -> str:
-    """The rule for "target beats other by top-1", fixed before the runs.
-
-    reproduced: Holm's p below alpha and the difference positive. not reproduced: p below alpha and the
-    difference negative, or the whole interval within +- margin (equivalent). inconclusive: anything else, and always
-    below three seeds.
-    """
-    if n < 3 or not math.isfinite(p_holm):
-        return "inconclusive"
-    if p_holm < alpha:
-        return "reproduced" if difference > 0 else "not reproduced"
-    return "not reproduced" if -margin < low and high < margin else "inconclusive"
-
-
-def overall(verdicts: Iterable[str]) -> str:
-    """The verdict of a claim that needs all its contrasts: the weakest of theirs."""
-    verdicts = list(verdicts) or ["inconclusive"]
-    return next((v for v in ("not reproduced", "inconclusive") if v in verdicts), "reproduced")
-
-
-def bootstrap(correct: Sequence[np.ndarray], draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """Top-1 in percent (draws, methods) of several methods when seeds and test images are both drawn anew.
-
-    correct: right answers (seeds, images), bool, of each; an image drawn counts for all, seeds are drawn apart.
-    """
-    counts = sorted({c.shape[1] for c in correct})
-    if len(counts) > 1:
-        raise ValueError(f"expected the same test images, got {' and '.join(map(str, counts))}")
-    rng, images = np.random.default_rng(seed), counts[0]
-    means = []
-    for _ in range(draws):
-        weights = rng.multinomial(images, np.full(images, 1 / images)) / images
-        means.append([(c[rng.integers(len(c), size=len(c))] @ weights).mean() for c in correct])
-    return 100 * np.array(means)
-
-
-def paired_bootstrap(target: np.ndarray, other: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the difference in top-1 (points) when seeds and test images are both drawn anew."""
-    means = bootstrap([target, other], draws, seed)
-    low, high = np.quantile(means[:, 0] - means[:, 1], [0.025, 0.975])
-    return float(low), float(high)
-
-
-def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> tuple[float, pd.DataFrame]:
-    """Expected calibration error in points (Guo et al. 2017), and its bins: confidence, accuracy (percent), images.
-
-    confidence: probability (images,) of the predicted class; correct: whether it was right. Bins are of equal width.
-    """
-    index = np.clip(np.ceil(np.asarray(confidence, float) * bins).astype(int) - 1, 0, bins - 1)
-    table = pd.DataFrame({"bin": index, "confidence": 100.0 * confidence, "accuracy": 100.0 * np.asarray(correct)})
-    table = table.groupby("bin").agg(
-        confidence=("confidence", "mean"), accuracy=("accuracy", "mean"), images=("accuracy", "size")
-    )
-    gap = (table["confidence"] - table["accuracy"]).abs()
-    return float((gap * table["images"]).sum() / table["images"].sum()), table
-
-
-def number(value: object) -> str:
-    """A cell of a table for people: whole numbers whole, others with two decimals, words as they are."""
-    if isinstance(value, str):
-        return value
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.2f}"
-
-
-# ---- 2. The command ------------------------------------------------------------------------------------------------
+# ---- 1. The study --------------------------------------------------------------------------------------------------
 
 
 def study(
@@ -319,7 +225,7 @@ def _prepare(runs: Sequence[Run], todo: Sequence[Run]) -> Path:
 def _findings(folder: Path) -> str:
     """What the analysis has found, in a few lines, and where all of it is."""
     found = json.loads((folder / "tables" / "verdict.json").read_text())
-    lines = [f"{claim}: {verdict}" for claim, verdict in found["claims"].items()]
+    lines = [f"{claim}: {outcome}" for claim, outcome in found["claims"].items()]
     return "\n".join(["", *lines, f"({found['stamp']}) All of it: {folder / 'README.md'}"])
 
 
@@ -350,8 +256,8 @@ def _execute_runs(
 def _executions(name: str, runs: Sequence[Run], place: Mapping, device: str | None) -> list[Execution]:
     """The notebook of each run."""
     executions = []
-    for number, run in enumerate(runs, 1):
-        about = f"[{number}/{len(runs)}] {run.method}, seed {run.seed}, {run.config.resolution} px"
+    for i, run in enumerate(runs, 1):
+        about = f"[{i}/{len(runs)}] {run.method}, seed {run.seed}, {run.config.resolution} px"
         parameters = {"profile": name, "method": run.method, "seed": run.seed, "device": device, **place}
         notebook = TRAINED_BY[family(run.method)]
         executions.append(Execution(about, notebook, run.executed, parameters, run.directory))
@@ -547,6 +453,32 @@ def print_plan(table: pd.DataFrame, jobs: int) -> None:
     total = table["seconds"].sum()
     together = f", about {timedelta(seconds=round(total / jobs))} at {jobs} at a time" if jobs > 1 else ""
     print(f"{len(table)} runs, {timedelta(seconds=round(total))} one after the other{together}", flush=True)
+
+
+def ablation(profile: Profile, results: str | Path | None = None) -> tuple[str, pd.DataFrame]:
+    """The change that an ablation makes to the recipe of the profile it is one of, in words; and what that does to test
+    top-1 over seeds: a row per method, and a row for the lead of each over the baseline, with the means as it is and
+    changed, and their difference with Welch's 95 % interval. First all of them by the moving average, which is what a
+    study scores, then by the weights of the last step. Methods without a finished run in both are left out.
+    """
+    whole = load_profile(profile.ablation_of)
+    then, now = (recipe(dataclasses.asdict(TrainConfig.from_dict(p.train))) for p in (whole, profile))
+    words = {name: (f"{v:g}" if isinstance(v, float) else str(v) for v in (then[name], now[name])) for name in now}
+    change = ", ".join(f"{name} {' to '.join(words[name])}" for name in now if now[name] != then[name])
+    finished, rows = [load_runs(p, results).query("status == 'finished'") for p in (whole, profile)], []
+    for weights, score in (("moving average", "top1"), ("last step", "raw_top1")):
+        before, after = ({m: group[score] for m, group in runs.groupby("method", sort=False)} for runs in finished)
+        methods = [method for method in after if method in before]
+        leads = [(method, "baseline") for method in methods if method != "baseline" and "baseline" in methods]
+        for method, other in [*((method, None) for method in methods), *leads]:
+            signs = {method: 1} | ({other: -1} if other else {})
+            row = {"weights": weights, "what": f"{method} - {other}" if other else method}
+            row["n"] = min(len(runs[m]) for runs in (before, after) for m in signs)
+            for name, runs in (("as_it_is", before), ("changed", after)):
+                row[name] = sum(sign * runs[m].mean() for m, sign in signs.items())
+            terms = [(way * sign, runs[m]) for way, runs in ((1, after), (-1, before)) for m, sign in signs.items()]
+            rows.append(row | dict(zip(("difference", "low", "high"), contrast_interval(terms), strict=True)))
+    return change, pd.DataFrame(rows)
 
 
 def bench(

@@ -104,6 +104,7 @@ def describe(one: Study) -> dict:
         "data": one.data,
         "purpose": one.profile.purpose if one.profile else None,
         "stamp": one.profile.stamp if one.profile else "unknown",
+        "ablation_of": one.profile.ablation_of if one.profile else None,
         "missing": one.missing,
         "files": sorted(filter(one.has, files)),
         "record": None,

@@ -176,7 +176,7 @@ def outcome(studies: Sequence[Study]) -> dict[str, str | None]:
     prefix: [Re] or [¬Re]; [Re: mixed] if studies disagree; [Re: undecided] as long as no study of evidence has five
     seeds and a verdict. headline: a sentence or two; study: name of the one that is shown first, or None; verdict: its.
     """
-    compared = [one for one in studies if not one.differences.empty]
+    compared = [one for one in studies if not one.differences.empty and not one.profile.ablation_of]
     deciding = [one for one in compared if _decides(one)]
     first = next(iter(deciding or compared), None)
     if first is None:
