@@ -265,7 +265,7 @@ def test_a_run_that_another_trains_is_left_to_it(profile_file, tmp_path, monkeyp
     with hold(held.directory):
         assert study.main(["study", str(path), "--results", str(tmp_path), "--device", "cpu"]) == study.TRY_AGAIN
     said = capsys.readouterr().out
-    assert re.search(rf"baseline, seed 0, 24 px: left to process {os.getpid()} on", said)
+    assert re.search(rf"baseline, seed 0, 16 px: left to process {os.getpid()} on", said)
     assert f"Another process is at work on {held.directory}" in said and free.state() == "finished"
     assert not (held.folder / "notebooks" / "05_analysis.ipynb").exists()
 
