@@ -128,9 +128,7 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-5  # L2, not on norms and biases
     schedule: str = "cosine"  # cosine or linear, from the peak to final_lr over all steps
-    final_lr: float = (
-        0.0  # share of the peak at the end; above 0 the LR is not annealed, a mistake that can be measured so
-    )
+    final_lr: float = 0.0  # share of the peak at the end; above 0 it is not annealed, a mistake to be measured
     warmup: float = 0.05  # fraction of all steps with linearly rising LR
     label_smoothing: float = 0.1
     dropout: float = 0.2

@@ -499,6 +499,9 @@ def throughput_folder(device: torch.device, results: str | Path | None = None) -
     return Path(results or RESULTS).absolute() / "throughput" / name
 
 
+# ---- 2. The command ------------------------------------------------------------------------------------------------
+
+
 def _cost_table(
     names: Sequence[str], resolution: int | None, num_classes: int, stem_stride: int, by_stage: bool
 ) -> str:

@@ -100,6 +100,17 @@ def test_every_score_of_table_7_is_printed(rebuilt, facts):
     assert 6 <= len(PdfReader(rebuilt / "report" / "report.pdf").pages) <= 8
 
 
+def test_what_a_change_of_the_recipe_does_is_printed_beside_the_mistakes(rebuilt, facts):
+    report, changed = text_of((rebuilt / "report" / "report.pdf").read_bytes()), False
+    for path in sorted(study.RESULTS.glob("*/tables/ablation.csv")):
+        for row in pd.read_csv(path).itertuples():
+            changed = True
+            assert f"{row.as_it_is:.2f} {row.changed:.2f} {row.difference:+.2f}".replace("-", "−") in report
+        one = next(one for one in facts["studies"] if one["name"] == path.parents[1].name)
+        assert one["ablation_of"] and facts["outcome"]["study"] != one["name"]
+    assert ("with the learning rate left high" in report) != changed
+
+
 def test_protocol_is_printed_whole():
     sections = protocol(["cifar10-cpu"])
     assert {"The question", "What holds for every study", "Deviations"} < set(sections)
