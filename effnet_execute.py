@@ -423,7 +423,7 @@ class SlurmTask:
     def __call__(self) -> bool:
         self.stop.unlink(missing_ok=True)
         if not self.work(*self.arguments, stop=self.stop):
-            raise RuntimeError("a notebook failed; see above")
+            raise RuntimeError("a notebook failed, or another process trains its run; see above")
         return True
 
     def checkpoint(self):

@@ -313,7 +313,7 @@ def _sentence(row) -> str:
         return f"finished after {epochs} epoch{'s' * (epochs > 1)}: {scores}"
     words = [row.state]
     scoring = not pd.isna(row.step) and row.step == row.steps
-    if row.done:
+    if row.done or not pd.isna(row.step):
         words.append(
             f"epoch {min(math.ceil(row.done) if scoring else int(row.done) + 1, int(row.epochs))} of {int(row.epochs)}"
         )

@@ -174,7 +174,9 @@ class Profile:
     devices: int | str = 1  # processes that share each batch of a run, or "auto": one for every GPU
     retry_lr: float | None = None  # a diverged run is run once more, with its LR times this; both are reported
     search: Search | None = None  # for the coefficients of compound_searched
-    ablation_of: str | None = None  # the profile of which this one is, but for what its own file says
+    ablation_of: str | None = (
+        None  # another profile, whose recipe this one changes: all that `train` does not say is its
+    )
     source: str | None = None  # how it was asked for, if not by its name: the path of a file
 
     @property
@@ -257,19 +259,22 @@ def _read_profile(name: str | Path) -> tuple[Path, dict]:
 
 
 def _as_changed(path: Path, values: dict) -> dict:
-    """What an ablation's file says, laid over all that the profile says of which it is one; its methods are its own."""
-    other = values["ablation_of"]
-    other = path.parent / other if other.endswith(".yaml") else other
-    load_profile(other)  # refuses one that is not valid itself
-    _, whole = _read_profile(other)
-    if "ablation_of" in whole:
-        raise ValueError(
-            f"ablation_of: {values['ablation_of']} is itself an ablation; name the profile that it changes"
-        )
+    """An ablation's file laid over the profile whose recipe it changes. It decides no claim, and so is no evidence."""
+    other, own = values["ablation_of"], ("ablation_of", "title", "purpose", "methods", "seeds", "train")
+    for key in values:
+        if key not in own:
+            raise ValueError(f"{key}: an ablation has that of {other}; it may change {', '.join(own[1:])}")
+    file, whole = _read_profile(path.parent / other if other.endswith(".yaml") else other)
+    if whole.get("ablation_of") is not None:
+        raise ValueError(f"ablation_of: {other} is itself an ablation; name the profile that it changes")
+    if values.get("purpose") == "evidence":
+        raise ValueError("purpose: an ablation decides no claim; expected exploratory or check, got 'evidence'")
+    _checked_profile(file, whole)
     kept = {key: value for key, value in whole.items() if key not in ("title", "methods", "search")}
+    kept["purpose"] = "check" if whole["purpose"] == "check" else "exploratory"
     train = values.get("train")
     changed = {"train": kept["train"] | train} if isinstance(train, dict) else {}
-    return kept | values | changed | {"ablation_of": str(other)}
+    return kept | values | changed | {"ablation_of": str(file) if other.endswith(".yaml") else other}
 
 
 def _checked_profile(path: Path, values: dict) -> Profile:

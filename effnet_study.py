@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import yaml
@@ -46,6 +47,7 @@ from effnet_lib import (
     TABLE7,
     VARIANTS,
     EfficientNet,
+    Held,
     Mismatch,
     Scaling,
     TrainConfig,
@@ -55,6 +57,7 @@ from effnet_lib import (
     create_model,
     device_name,
     gpu_count,
+    hold,
     holder_of,
     recipe,
     round_resolution,
@@ -147,21 +150,22 @@ def study(
     folder, todo = runs[0].folder, _to_do(runs, retry)
     waiting = [run for run in todo if run.state() == "waiting"]
     searching = _search_is_to_do(profile, folder, waiting)
-    candidates = _candidates(profile, results) if searching else []
-    _refuse_stale([*runs, *candidates])
+    _refuse_stale(profile, results, searching)
     print(f"{profile.title}: {_count(runs)}, {len(todo)} to do ({profile.stamp})", flush=True)
-    if todo and executor == "local":  # what is lacking is told once, and not by every notebook
-        if choose_device(device).index is not None and gpu_count() > 1:
+    if todo:  # what is lacking is told once, and not by every notebook
+        shares(len(todo), profile, device, jobs, threads)
+        if executor == "local" and choose_device(device).index is not None and gpu_count() > 1:
             raise ValueError(f"device: {device!r}: every notebook has its own GPU; choose by $CUDA_VISIBLE_DEVICES")
         load_data(**profile.data)
     analysed = _prepare(runs, todo)
     kernels = {"device": device, "threads": threads, "executor": executor, "stop": stop}
-    with live_table(profile, [*runs, *candidates]):
+    with live_table(profile, [*runs, *(_candidates(profile, results) if searching else ())]):
         _execute_runs(name, [run for run in todo if run not in waiting], place, jobs, **kernels)
         if searching and search(name, results, **kernels, retry=retry):
             _execute_runs(name, waiting, place, jobs, **kernels)
         finished = [run for run in runs if run.state() == "finished"]
-        places = [*(run.directory for run in runs), *([folder / "search"] if searching else [])]
+        places = [run.directory for run in runs if run.state() != "waiting"]
+        places += [folder / "search"] if searching else []
         held = [str(path) for path in places if holder_of(path) is not None]
         done = not held
         if finished and done and (not analysed.exists() if analysis is None else analysis):
@@ -170,7 +174,11 @@ def study(
                 Execution(f"{notebook}: executing", notebook, analysed.with_stem(notebook), given | place)
                 for notebook, given in notebooks.items()
             ]
-            done = execute(executions, *shares(len(executions), profile, "cpu"), stop=stop)
+            try:
+                with hold(folder):  # another study that ends now would write the same notebooks
+                    done = execute(executions, *shares(len(executions), profile, "cpu"), stop=stop)
+            except Held:
+                done, held = False, [str(analysed)]
     print_status(profile, results, methods, seeds)
     if held:
         print(f"Another process is at work on {', '.join(held)}; when it has ended, the same command does the rest.")
@@ -178,7 +186,7 @@ def study(
     if not todo:
         print(_provenance(profile, results))
     if analysed.exists():
-        print(_findings(folder), flush=True)
+        print(_findings(profile, folder), flush=True)
     return 0 if len(finished) == len(runs) and done else 1
 
 
@@ -196,14 +204,23 @@ def _to_do(runs: Sequence[Run], retry: bool) -> list[Run]:
     return [run for run in runs if _is_to_do(run, retry) or (run.state() == "finished" and not run.executed.exists())]
 
 
-def _refuse_stale(runs: Sequence[Run]) -> None:
-    """Mismatch if some were made with other settings: their numbers and those to come must not meet in one table."""
-    if stale := [run for run in runs if run.state() == "stale"]:
-        lines = [f"  {run.directory}: {'; '.join(run.differences(read_record(run.directory)))}" for run in stale]
+def _refuse_stale(profile: Profile, results: str | Path | None, searching: bool) -> None:
+    """Mismatch if runs of this profile, or candidates of a search that is to be made, are of other settings: their
+    numbers and those to come must not meet in a table, nor may coefficients that networks were scaled by be lost."""
+    runs = [*plan_runs(profile, results), *(_candidates(profile, results) if searching else ())]
+    lines = [
+        f"  {run.directory}: {'; '.join(run.differences(read_record(run.directory)))}"
+        for run in runs
+        if run.state() == "stale"
+    ]
+    coefficients, scaled = runs[0].folder / COEFFICIENTS, runs[0].folder.glob("runs/compound_searched*/run.json")
+    if searching and any(run.waiting for run in runs) and coefficients.exists() and any(scaled):
+        lines.append(f"  {coefficients}: of another search or recipe, and there are networks scaled by it")
+    if lines:
         raise Mismatch(
-            "\n".join([f"{_count(stale)} made with other settings than the profile has now:", *lines])
-            + "\nNothing was changed. Set the profile back; delete these folders, to train them anew; or keep them and "
-            "give another folder for results: --results DIR"
+            "\n".join([f"the profile {profile.name} has changed since these were made:", *lines])
+            + "\nNothing was touched. Set the profile back; delete these, to make them anew; or keep them and give "
+            "another folder for results: --results DIR"
         )
 
 
@@ -216,17 +233,26 @@ def _prepare(runs: Sequence[Run], todo: Sequence[Run]) -> Path:
     for run in todo:
         if run.state() == "failed" or (run.state() == "diverged" and not run.to_retry):
             run.set_aside()
-    analysed = folder / "notebooks" / "05_analysis.ipynb"
-    if todo:
+    analysed = _analysed(folder)
+    if todo or any(run.state() == "damaged" for run in runs):
         analysed.unlink(missing_ok=True)  # it will be out of date, and is missed if we do not come to it
     return analysed
 
 
-def _findings(folder: Path) -> str:
+def _analysed(folder: Path) -> Path:
+    return folder / "notebooks" / "05_analysis.ipynb"
+
+
+def _findings(profile: Profile, folder: Path) -> str:
     """What the analysis has found, in a few lines, and where all of it is."""
-    found = json.loads((folder / "tables" / "verdict.json").read_text())
-    lines = [f"{claim}: {outcome}" for claim, outcome in found["claims"].items()]
-    return "\n".join(["", *lines, f"({found['stamp']}) All of it: {folder / 'README.md'}"])
+    lines, verdict_file, table = [], folder / "tables" / "verdict.json", folder / "tables" / "ablation.csv"
+    if profile.ablation_of and table.exists():
+        rows = pd.read_csv(table).itertuples()
+        lines = [f"{row.what} ({row.weights}): {row.difference:+.2f} points by {row.change}" for row in rows]
+    elif verdict_file.exists():
+        claims = json.loads(verdict_file.read_text())["claims"]
+        lines = [f"{claim}: {outcome}" for claim, outcome in claims.items()]
+    return "\n".join(["", *lines, f"({profile.stamp}) All of it: {folder / 'README.md'}"])
 
 
 def _search_is_to_do(profile: Profile, folder: Path, waiting: Sequence[Run]) -> bool:
@@ -310,11 +336,11 @@ def submit(
     folder, todo = runs[0].folder, _to_do(runs, retry)
     ready = [run for run in todo if run.state() != "waiting"]
     searching = _search_is_to_do(profile, folder, [run for run in todo if run not in ready])
-    _refuse_stale([*runs, *(_candidates(profile, results) if searching else ())])
-    slurm = slurm_executor(folder, seconds)  # refuses before anything is changed
-    analysed = _prepare(runs, todo)
-    if not todo and (analysed.exists() if analysis is None else not analysis):
+    _refuse_stale(profile, results, searching)
+    if not todo and (_analysed(folder).exists() if analysis is None else not analysis):
         return []
+    slurm = slurm_executor(folder, seconds)  # refuses before anything is changed
+    _prepare(runs, todo)
     executions = _executions(name, _longest_first(ready), place, device)
     if searching:
         executions.append(_search_execution(name, results, device, retry))
@@ -354,12 +380,13 @@ def search(
 
 
 def _search_execution(name: str | Path, results: str | Path | None, device: str | None, retry: bool) -> Execution:
-    candidates = _candidates(load_profile(name), results)
-    _refuse_stale(candidates)
-    for candidate in candidates:
-        if retry and candidate.state() in ("failed", "diverged"):
-            candidate.set_aside()
+    profile = load_profile(name)
+    candidates = _candidates(profile, results)
+    _refuse_stale(profile, results, True)
     folder, parameters = candidates[0].folder, {"profile": _named(name), "device": device, **_place(results)}
+    for candidate in candidates if retry and holder_of(folder / "search") is None else ():
+        if candidate.state() in ("failed", "diverged"):
+            candidate.set_aside()
     output, count = folder / "notebooks" / "03_coefficient_search.ipynb", len({c.name for c in candidates})
     return Execution(f"coefficient search: {count} candidates", output.stem, output, parameters, folder / "search")
 
@@ -459,26 +486,41 @@ def ablation(profile: Profile, results: str | Path | None = None) -> tuple[str, 
     """The change that an ablation makes to the recipe of the profile it is one of, in words; and what that does to test
     top-1 over seeds: a row per method, and a row for the lead of each over the baseline, with the means as it is and
     changed, and their difference with Welch's 95 % interval. First all of them by the moving average, which is what a
-    study scores, then by the weights of the last step. Methods without a finished run in both are left out.
+    study scores, then by the weights of the last step. Only seeds are compared that have finished in both, and not with
+    a lower learning rate after they had diverged.
     """
     whole = load_profile(profile.ablation_of)
     then, now = (recipe(dataclasses.asdict(TrainConfig.from_dict(p.train))) for p in (whole, profile))
     words = {name: (f"{v:g}" if isinstance(v, float) else str(v) for v in (then[name], now[name])) for name in now}
     change = ", ".join(f"{name} {' to '.join(words[name])}" for name in now if now[name] != then[name])
-    finished, rows = [load_runs(p, results).query("status == 'finished'") for p in (whole, profile)], []
+    finished = [load_runs(p, results).query("status == 'finished'") for p in (whole, profile)]
+    rows = []
     for weights, score in (("moving average", "top1"), ("last step", "raw_top1")):
-        before, after = ({m: group[score] for m, group in runs.groupby("method", sort=False)} for runs in finished)
+        before, after = (_by_seed(runs, score) for runs in finished)
         methods = [method for method in after if method in before]
         leads = [(method, "baseline") for method in methods if method != "baseline" and "baseline" in methods]
         for method, other in [*((method, None) for method in methods), *leads]:
             signs = {method: 1} | ({other: -1} if other else {})
-            row = {"weights": weights, "what": f"{method} - {other}" if other else method}
-            row["n"] = min(len(runs[m]) for runs in (before, after) for m in signs)
-            for name, runs in (("as_it_is", before), ("changed", after)):
-                row[name] = sum(sign * runs[m].mean() for m, sign in signs.items())
-            terms = [(way * sign, runs[m]) for way, runs in ((1, after), (-1, before)) for m, sign in signs.items()]
+            seeds = sorted(set.intersection(*(set(runs[m]) for runs in (before, after) for m in signs)))
+            if not seeds:
+                continue
+            row = {"weights": weights, "what": f"{method} - {other}" if other else method, "n": len(seeds)}
+            scores = {
+                (way, m): np.array([runs[m][s] for s in seeds])
+                for way, runs in ((-1, before), (1, after))
+                for m in signs
+            }
+            for name, way in (("as_it_is", -1), ("changed", 1)):
+                row[name] = sum(sign * scores[way, m].mean() for m, sign in signs.items())
+            terms = [(way * signs[m], values) for (way, m), values in scores.items()]
             rows.append(row | dict(zip(("difference", "low", "high"), contrast_interval(terms), strict=True)))
     return change, pd.DataFrame(rows)
+
+
+def _by_seed(runs: pd.DataFrame, score: str) -> dict[str, dict[int, float]]:
+    """A score of finished runs by method and seed, without those that were retried."""
+    groups = runs[~runs["retried"].astype(bool)].groupby("method", sort=False) if len(runs) else ()
+    return {method: dict(zip(group["seed"], group[score], strict=True)) for method, group in groups}
 
 
 def bench(
@@ -757,11 +799,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif args.command == "search":
             options = {name: getattr(args, name) for name in ("device", "threads", "retry")}
             profile = load_profile(args.profile)
-            with live_table(profile, _candidates(profile, args.results)):
+            candidates = _candidates(profile, args.results)
+            with live_table(profile, candidates):
                 done = search(args.profile, args.results, **options)
             if not done:
-                return 1
-            found = json.loads((Path(args.results or RESULTS) / profile.name / COEFFICIENTS).read_text())
+                return 1 if holder_of(candidates[0].folder / "search") is None else TRY_AGAIN
+            found = json.loads((candidates[0].folder / COEFFICIENTS).read_text())
             print(f"{describe_search(found)} ({found['stamp']})")
         elif args.command == "bench":
             bench(args.results, device=args.device, rounds=args.rounds, models=args.models)

@@ -237,6 +237,7 @@ def number(value: float, form: str = ".2f") -> str:
 def section(one: Study) -> dict:
     """What the template shows of a study: tables (None: not there), `charts` by name, what is missing beside."""
     view = {"study": one, "verdict": one.verdict or {}, "charts": {}, "runs": None, "figure7": None, "gaps": []}
+    view["ablation"] = one.table("ablation")
     view |= {name: one.table(name) for name in ("table7", "contrasts", "search")}
     specs = {}
     if not one.finished.empty:

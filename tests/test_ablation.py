@@ -37,7 +37,13 @@ def test_an_ablation_is_the_profile_it_changes_but_for_what_it_says(changed):
         ("ablation_of: tiny.yaml", "methods is missing"),
         ("ablation_of: tiny.yaml\nmethods: [baseline]\ntrain: {lrr: 1.0}", "unknown .*'lrr'"),
         ("ablation_of: tiny.yaml\nmethods: [baseline]\ntrain: 3", "train: expected dict, got 3"),
-        ("ablation_of: 3\nmethods: [baseline]", "missing|expected"),
+        ("ablation_of: 3\nmethods: [baseline]", "ablation_of: expected .*, got 3"),
+        ("ablation_of: wrong.yaml\nmethods: [baseline]", "ablation_of: wrong.yaml is itself an ablation"),
+        (
+            "ablation_of: tiny.yaml\nmethods: [baseline]\nstem_stride: 1",
+            "stem_stride: an ablation has that of tiny.yaml",
+        ),
+        ("ablation_of: tiny.yaml\nmethods: [baseline]\npurpose: evidence", "purpose: an ablation decides no claim"),
     ],
 )
 def test_an_ablation_that_cannot_be_is_refused(changed, text, message):
@@ -64,6 +70,27 @@ def test_an_ablation_says_what_its_change_does_to_each_method_and_to_its_lead(ch
     assert table["difference"].tolist() == [-10.5, -8.0, 2.5, -20.5, -18.0, 2.5]
     low, high = stats.ttest_ind((40, 41), (50, 52), equal_var=False).confidence_interval(0.95)
     assert (table["low"][0], table["high"][0]) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_an_ablation_of_evidence_is_exploratory(profile_file):
+    whole = profile_file(purpose="evidence", seeds=[0, 1, 2, 3, 4])
+    path = whole.with_name("high.yaml")
+    path.write_text("title: High\nablation_of: tiny.yaml\nmethods: [baseline]\n")
+    assert study.load_profile(path).purpose == "exploratory"
+
+
+def test_only_seeds_that_have_finished_in_both_are_compared(changed, tmp_path):
+    """And not those that were trained again with a lower learning rate."""
+    whole, profile = map(study.load_profile, changed)
+    for run in study.plan_runs(whole, tmp_path, ["baseline", "compound"]):
+        write_record(run, top1=50.0 + 20 * run.seed)
+    first, other, second, _ = study.plan_runs(profile, tmp_path)
+    write_record(first, top1=50.0)  # no change at all, whatever the parent's other seed
+    write_record(other, top1=50.0)
+    _, table = study.ablation(profile, tmp_path)
+    assert (table["difference"] == 0)[:3].all() and (table["n"] == 1).all() and table["low"].isna().all()
+    write_record(second, top1=90.0, retried={"epoch": 1, "step": 1, "lr": 0.1})
+    assert (study.ablation(profile, tmp_path)[1]["n"] == 1).all()
 
 
 def test_an_ablation_without_its_counterpart_compares_nothing(changed, tmp_path):

@@ -1,5 +1,6 @@
 """The notebooks: clean in the repository, and executed from end to end on a small study."""
 
+import io
 import json
 import signal
 import subprocess
@@ -13,9 +14,13 @@ import pytest
 import torch
 from conftest import write_record
 from nbclient import NotebookClient
+from pypdf import PdfReader
 
 import effnet_study as study
+from compose import compile_typst, gather
 from effnet_lib import TABLE7
+from evidence import find_studies
+from page import build_page
 
 SOURCES = sorted(study.NOTEBOOKS.glob("*.ipynb"))
 
@@ -214,6 +219,30 @@ def test_what_was_killed_after_its_run_had_finished_is_made_up(executed):
         path.unlink()
     done = subprocess.run(command, cwd=study.ROOT, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0 and "  epoch " not in done.stdout and all(path.exists() for path in lost)
+
+
+def test_an_ablation_is_set_beside_its_study_in_page_and_report(executed):
+    _, folder, command = executed
+    results, path = folder.parent, folder.parents[1] / "gentle.yaml"
+    path.write_text("title: Gentle\nablation_of: small.yaml\nmethods: [baseline]\ntrain: {lr: 0.02}\n")
+    words = [*command[:4], str(path), "--results", str(results)]
+    done = subprocess.run(words, cwd=study.ROOT, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = pd.read_csv(results / "gentle" / "tables" / "ablation.csv")
+    assert table["what"].tolist() == ["baseline", "baseline"] and (table["change"] == "lr 0.05 to 0.02").all()
+    words = f"{table['difference'][0]:+.2f} points"
+    assert f"baseline (moving average): {words} by lr 0.05 to 0.02" in done.stdout
+    page = (results / "gentle" / "README.md").read_text()
+    assert "## What the change does" in page and words in page and "figures/ablation.png" in page
+    assert "Verdict" not in page and "ablation" not in (folder / "README.md").read_text()
+    studies = find_studies([folder.parents[1] / "small.yaml", path], results)
+    report, _ = compile_typst(study.ROOT / "report" / "report.typ", gather(studies, results), results)
+    text = " ".join(page.extract_text() for page in PdfReader(io.BytesIO(report)).pages)
+    assert "lr 0.05 to 0.02" in text and "with the learning rate left high" not in text
+    build_page(studies, gather(studies, results)["outcome"], folder.parents[1], results)
+    assert (
+        words.partition(" ")[0] in (folder.parents[1] / "index.html").read_text().partition("What the change does")[2]
+    )
 
 
 def test_a_failing_notebook_fails_the_study_and_the_others_go_on(profile_file, tmp_path):

@@ -16,12 +16,13 @@ import kill
 import numpy as np
 import pytest
 import torch
-from conftest import Disturbed, write_record
+from conftest import SMALL_PROFILE, Disturbed, write_record
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+import effnet_execute
 import effnet_lib
 import effnet_runs
 import effnet_study as study
@@ -412,10 +413,49 @@ def test_a_study_whose_recipe_has_changed_is_refused_before_anything_is_touched(
     for words in (["study"], ["study", "--methods", "compound_searched"], ["search"]):
         assert study.main([words[0], str(changed), "--results", str(tmp_path), *words[1:]]) == 2
         said = capsys.readouterr().err
-        assert ", now 0.03" in said and "Nothing was changed" in said and "--results DIR" in said
+        assert ", now 0.03" in said and "Nothing was touched" in said and "--results DIR" in said
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before | {
             changed: changed.read_bytes()
         }
+
+
+def test_coefficients_that_networks_were_scaled_by_are_not_overwritten(profile_file, tmp_path, capsys):
+    """The candidates, whose recipe is the search's own, do not tell that the study's has changed."""
+    changes = {"methods": ["baseline", "compound_searched"], "search": {"step": 0.4, "train": {"epochs": 1}}}
+    profile = study.load_profile(profile_file(**changes))
+    (tmp_path / "tiny").mkdir()
+    found = {"alpha": 1.4, "beta": 1.0, "gamma": 1.2, "made_by": study.made_by(profile)}
+    write_json(tmp_path / "tiny" / "coefficients.json", found)
+    write_record(study.plan_runs(profile, tmp_path, ["compound_searched"])[0])
+    changed = profile_file(**changes, train=SMALL_PROFILE["train"] | {"epochs": 2})
+    for words in (["study"], ["study", "--methods", "compound_searched"], ["search"]):
+        assert study.main([words[0], str(changed), "--results", str(tmp_path), *words[1:]]) == 2
+        assert "coefficients.json: of another search or recipe" in capsys.readouterr().err
+    assert json.loads((tmp_path / "tiny" / "coefficients.json").read_text()) == found
+
+
+def test_a_study_of_a_stale_run_is_refused_also_if_others_are_asked_for(profile_file, tmp_path, capsys):
+    path = profile_file(methods=["baseline", "width"])
+    stale, _ = study.plan_runs(study.load_profile(path), tmp_path)
+    write_record(stale, config={**stale.config.__dict__, "lr": 3.0})
+    assert study.main(["study", str(path), "--results", str(tmp_path), "--methods", "width"]) == 2
+    assert "lr = 3.0, now 0.05" in capsys.readouterr().err
+
+
+def test_an_analysis_with_a_damaged_record_in_it_is_made_anew(profile_file, tmp_path, monkeypatch, capsys):
+    path = profile_file(methods=["baseline", "width"])
+    runs = study.plan_runs(study.load_profile(path), tmp_path)
+    for run in runs:
+        write_record(run)
+        run.executed.parent.mkdir(exist_ok=True)
+        run.executed.touch()
+    (runs[1].directory / "run.json").write_text("torn")
+    analysed, executed = runs[0].executed.with_stem("05_analysis"), []
+    analysed.touch()
+    monkeypatch.setattr(effnet_execute, "run_notebook", lambda notebook, *arguments: executed.append(notebook))
+    assert study.main(["study", str(path), "--results", str(tmp_path)]) == 1
+    assert sorted(executed) == ["00_architecture", "05_analysis"] and not analysed.exists()
+    assert "is damaged" in capsys.readouterr().out
 
 
 def test_a_stale_run_says_what_has_changed(profile_file, tmp_path, capsys):

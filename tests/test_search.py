@@ -1,5 +1,6 @@
 """The coefficient search, and the networks that follow from it."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -9,7 +10,7 @@ import pytest
 from conftest import write_record
 
 import effnet_study as study
-from effnet_lib import TABLE7, Scaling, compound_scaling, read_record, scaled_cost, train
+from effnet_lib import TABLE7, Scaling, compound_scaling, hold, read_record, scaled_cost, train
 
 
 @pytest.fixture
@@ -191,6 +192,20 @@ def test_a_failed_candidate_is_trained_again_when_asked(searching, tmp_path, mon
     study.search("tiny", tmp_path, retry=True)
     assert candidates[0].state() == "missing" and (candidates[0].directory / "run.earlier.json").exists()
     assert candidates[1].state() != "missing"
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_study_whose_search_does_not_succeed_says_so(searching, tmp_path, monkeypatch, capsys, held):
+    """One that fails, and one that another process makes."""
+    profile = searching()
+    (tmp_path / "tiny" / "search").mkdir(parents=True)
+    monkeypatch.setattr(study, "load_profile", lambda name: profile)
+    monkeypatch.setattr(study, "execute", lambda executions, *arguments: False)
+    with hold(tmp_path / "tiny" / "search") if held else contextlib.nullcontext():
+        assert study.main(["study", "tiny", "--results", str(tmp_path)]) == (study.TRY_AGAIN if held else 1)
+        assert study.main(["search", "tiny", "--results", str(tmp_path)]) == (study.TRY_AGAIN if held else 1)
+    said = capsys.readouterr().out
+    assert "waits for its coefficients" in said and ("Another process is at work on" in said) == held
 
 
 def test_compound_scaling_is_trained_at_any_phi(profile_file, tmp_path):
