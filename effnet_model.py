@@ -586,7 +586,7 @@ def imagenet_weights(name: str) -> Path:
         except Exception as error:  # URL, socket and checksum errors alike
             raise FileNotFoundError(
                 f"the ImageNet weights of {name} are not at {path}, and fetching them failed ({type(error).__name__}: "
-                f"{error}). Put {weights.url} there by hand, or do without: pretrained=False"
+                f"{error}). Put {weights.url} there by hand, or do without pretrained weights"
             ) from None
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
