@@ -599,7 +599,7 @@ def test_any_profile_is_valid_or_refused_by_name(values):
     good = {"title": "T", "purpose": "check", "data": {"name": "digits"}, "base_resolution": 16, "stem_stride": 1}
     good |= {"methods": ["baseline"], "seeds": [0], "train": {"epochs": 1}}
     try:
-        profile = effnet_runs._checked_profile("tiny", good | values)
+        profile = effnet_runs._checked_profile(Path("tiny.yaml"), good | values)
     except ValueError as error:
         assert str(error)
     else:
