@@ -14,11 +14,9 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
-import kornia
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as tv
 from torch import Tensor
 
 # What a batch can be augmented by, and what switches each off; fields of TrainConfig, where they are explained
@@ -122,6 +120,9 @@ def augment(images: Tensor, resolution: int, draws: Mapping[str, Tensor]) -> Ten
         images = _move(images, here.get("shift"), here.get("most"), here.get("mirrored"))
     crop = "columns" in draws
     x = _resample(images, here["columns"], here["rows"], resolution) if crop else resize(images, resolution)
+    if draws.keys() & {"angle", "factors", "hue"}:
+        import kornia  # takes as long as importing torch
+
     if "angle" in draws:
         x = kornia.geometry.rotate(x, here["angle"], padding_mode="reflection", align_corners=False)
     if "factors" in draws or "hue" in draws:
@@ -217,19 +218,20 @@ def _interpolation(edges: Tensor, length: int, resolution: int) -> Tensor:
 # ---- 3. RandAugment ------------------------------------------------------------------------------------------------
 
 # Names, ranges and order of torchvision.transforms.v2.RandAugment; m in [-1, 1] is the share of the range. Those of
-# geometry are one look-up for all samples, each by its own matrix; the others are called for all that drew them.
+# geometry are one look-up for all samples, each by its own matrix; the others are called for all that drew them, with
+# torchvision's functions as `tv`.
 GEOMETRY = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 SIGNED = {
-    "Brightness": lambda x, m: tv.adjust_brightness(x, 1 + 0.9 * m),
-    "Color": lambda x, m: tv.adjust_saturation(x, 1 + 0.9 * m),
-    "Contrast": lambda x, m: tv.adjust_contrast(x, 1 + 0.9 * m),
-    "Sharpness": lambda x, m: tv.adjust_sharpness(x, 1 + 0.9 * m),
+    "Brightness": lambda tv, x, m: tv.adjust_brightness(x, 1 + 0.9 * m),
+    "Color": lambda tv, x, m: tv.adjust_saturation(x, 1 + 0.9 * m),
+    "Contrast": lambda tv, x, m: tv.adjust_contrast(x, 1 + 0.9 * m),
+    "Sharpness": lambda tv, x, m: tv.adjust_sharpness(x, 1 + 0.9 * m),
 }
 UNSIGNED = {
-    "Posterize": lambda x, m: tv.posterize(x, 8 - round(4 * m)),
-    "Solarize": lambda x, m: tv.solarize(x, 255 * (1 - m)),
-    "AutoContrast": lambda x, m: tv.autocontrast(x),
-    "Equalize": lambda x, m: tv.equalize(x),
+    "Posterize": lambda tv, x, m: tv.posterize(x, 8 - round(4 * m)),
+    "Solarize": lambda tv, x, m: tv.solarize(x, 255 * (1 - m)),
+    "AutoContrast": lambda tv, x, m: tv.autocontrast(x),
+    "Equalize": lambda tv, x, m: tv.equalize(x),
 }
 OPERATIONS = ("Identity", *GEOMETRY, *SIGNED, *UNSIGNED)
 
@@ -247,12 +249,14 @@ def randaugment(images: Tensor, operations: Tensor, signs: Tensor, magnitude: in
 
 def _layer(images: Tensor, numbers: Tensor, signs: Tensor, m: float) -> Tensor:
     """One operation for each image."""
+    import torchvision.transforms.v2.functional as tv  # here, for that takes as long as importing torch
+
     moved = (numbers > 0) & (numbers <= len(GEOMETRY))
     groups = [(moved, partial(_geometry, numbers=numbers[moved], m=m * signs[moved]))]
     for name, change in SIGNED.items():
         this = numbers == OPERATIONS.index(name)
-        groups += [(this & (signs == sign), partial(change, m=m * sign)) for sign in (1, -1)]
-    groups += [(numbers == OPERATIONS.index(name), partial(change, m=m)) for name, change in UNSIGNED.items()]
+        groups += [(this & (signs == sign), partial(change, tv, m=m * sign)) for sign in (1, -1)]
+    groups += [(numbers == OPERATIONS.index(name), partial(change, tv, m=m)) for name, change in UNSIGNED.items()]
     result = images.clone()
     for group, change in groups:
         if group.any():

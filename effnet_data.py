@@ -20,26 +20,33 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.models import ResNet50_Weights
 
 from effnet_augment import OFF, augment, draw, erase, mix, resize
 from effnet_images import SUFFIXES, Archive, DamagedImages, Decoded, Listing, load_images, memory, provide, scan  # noqa: F401
 from effnet_records import write_json
 
+if TYPE_CHECKING:  # matplotlib, scikit-learn and torchvision take a second each, and are imported where they are used
+    from matplotlib.figure import Figure
+
 NAMES = ("digits", "cifar10", "cifar100", "tiny-imagenet", "food101", "imagenet", "folder:PATH")
 CLASS_COUNTS = {"digits": 10, "cifar10": 10, "cifar100": 100, "tiny-imagenet": 200, "food101": 101, "imagenet": 1000}
 SIZES = {"digits": 32, "cifar10": 32, "cifar100": 32, "tiny-imagenet": 64, "food101": 160, "imagenet": 160}
 ARCHIVES = {
-    "cifar10": Archive(CIFAR10.url, CIFAR10.tgz_md5, CIFAR10.base_folder),
-    "cifar100": Archive(CIFAR100.url, CIFAR100.tgz_md5, CIFAR100.base_folder),
+    "cifar10": Archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        "c58f30108f718f92721af3b95e74349a",
+        "cifar-10-batches-py",
+    ),
+    "cifar100": Archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        "eb9058c3a382ffc7106e4002c42a8d85",
+        "cifar-100-python",
+    ),
     "tiny-imagenet": Archive(
         "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de", "tiny-imagenet-200"
     ),
@@ -318,6 +325,8 @@ def _split(name, source: _Source, classes, train_per_class, minival, split_seed)
     count, labels, parts = len(source.classes[:classes]), np.array(source.labels, int), np.array(source.parts, int)
     train, held_out, test = (np.flatnonzero((labels < count) & (parts == part)) for part in range(3))
     if not len(held_out):
+        from sklearn.model_selection import train_test_split
+
         _check_classes(name, source, {"train": train, "test": test}, count)
         try:
             train, held_out = train_test_split(
@@ -384,6 +393,8 @@ def _in_memory(classes: Sequence[str], images: np.ndarray, labels, train: int, o
 
 def _read_digits(size: int) -> _Source:
     """scikit-learn's 1,797 handwritten digits, 8 x 8 grey with 17 levels, as RGB. The last 360 are the test set."""
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     grey = torch.from_numpy(digits.images).mul(255 / 16).round().byte()  # (N, 8, 8)
     images = _resize_stored(grey[..., None].expand(-1, -1, -1, 3).numpy(), size)
@@ -392,6 +403,8 @@ def _read_digits(size: int) -> _Source:
 
 def _read_cifar(kind: str, root: Path, size: int, download: bool) -> _Source:
     """CIFAR-10 or CIFAR-100 through torchvision, which checks the md5 of every file before it reads it."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
     folder = provide(kind, ARCHIVES[kind], root, download)
     reader = {"cifar10": CIFAR10, "cifar100": CIFAR100}[kind]
     try:
@@ -508,7 +521,9 @@ def _list_imagenet(root: Path, classes: int | None) -> _Source:
         raise FileNotFoundError(
             f"{folder / 'val'} has no folder {absent[0]}: sort the validation images into folders as in train"
         )
-    # torchvision has the names of all classes, in the order of their wnids
+    from torchvision.models import ResNet50_Weights
+
+    # It has the names of all classes, in the order of their wnids
     source = _Source(ResNet50_Weights.DEFAULT.meta["categories"] if classes is None else wnids, folder=folder)
     for part, number in (("train", 0), ("val", 2)):
         for label, wnid in enumerate(wnids):
@@ -556,6 +571,8 @@ def _list_folder(path: str, root: Path, classes: int | None, test: float | None,
     if not parts:
         for label, name in enumerate(source.classes):
             source.add(scan(folder, name), label, 0)
+        from sklearn.model_selection import train_test_split
+
         count, share = len(source.files), 0.2 if test is None else test
         _check_classes(f"folder:{path}", source, {"train": np.arange(count)}, len(source.classes))
         try:
@@ -650,9 +667,11 @@ def describe_data(facts: dict) -> str:
     return "\n".join(lines)
 
 
-def sample_grid(data: ImageData, classes: int = 12, columns: int = 10) -> Figure:
+def sample_grid(data: ImageData, classes: int = 12, columns: int = 10) -> "Figure":
     """Training images as they are stored, a row for each of so many classes, spread over all."""
     chosen = np.unique(np.linspace(0, len(data.classes) - 1, min(classes, len(data.classes))).round().astype(int))
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(columns * 0.8 + 1.6, len(chosen) * 0.8), layout="constrained")
     axes = figure.subplots(len(chosen), columns, squeeze=False)
     train = data.indices["train"]

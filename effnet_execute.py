@@ -22,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbformat
 import torch
 
 from effnet_lib import Held, Interrupted, Killed, gpu_count, holder_of, unknown_name
@@ -56,8 +55,8 @@ def check_parameters(notebook: str, values: Mapping[str, object]) -> dict[str, o
 
     Returns the declared defaults updated by `values`; a parameter whose default is None takes text or None.
     """
-    cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
-    declared = next(_assignments(c.source) for c in cells if "parameters" in c.metadata.get("tags", []))
+    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+    declared = next(_assignments("".join(c["source"])) for c in cells if "parameters" in c["metadata"].get("tags", []))
     for name, value in values.items():
         if name not in declared:
             raise unknown_name(f"parameter of {notebook}", name, declared)
@@ -185,10 +184,10 @@ def run_notebook(
         raise Killed(f"{notebook}: its process was killed; see {unfinished}")
     if status != 0:
         raise RuntimeError(f"{notebook} failed; see {unfinished}")
-    executed = nbformat.read(unfinished, as_version=4)
+    executed = json.loads(unfinished.read_text())
     for key in ("input_path", "output_path"):  # no paths of the machine it ran on
-        executed.metadata.papermill[key] = f"{notebook}.ipynb" if key == "input_path" else output.name
-    nbformat.write(executed, unfinished)
+        executed["metadata"]["papermill"][key] = f"{notebook}.ipynb" if key == "input_path" else output.name
+    unfinished.write_text(json.dumps(executed, indent=1, ensure_ascii=False) + "\n")
     unfinished.replace(output)
 
 

@@ -29,7 +29,6 @@ import joblib
 import numpy as np
 import PIL
 from PIL import Image, ImageOps
-from torchvision.datasets.utils import calculate_md5, download_url
 from tqdm import tqdm
 
 from effnet_records import replace_file, write_json
@@ -67,6 +66,8 @@ def provide(name: str, archive: Archive, root: Path, download: bool) -> Path:
         return folder
     if not packed.is_file() and not download:
         raise FileNotFoundError(f"{name} is not at {places}; fetch it with: effnet data {name}")
+    from torchvision.datasets.utils import calculate_md5, download_url  # takes as long as importing torch
+
     root.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(root / f".{name}.lock"):
         for left in root.glob(f".fetching-{name}-*"):  # by a process that was killed

@@ -20,7 +20,6 @@ from html import escape
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console, RenderableType
 from rich.live import Live as RichLive
@@ -327,6 +326,8 @@ def _sentence(row) -> str:
 
 
 def _drawn(history: pd.DataFrame, epochs: int) -> str:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 2.2), layout="constrained", facecolor="white")  # pyplot belongs to the notebook
     left, right = figure.subplots(1, 2)
     for ax, name, title in ((left, "train_loss", "training loss"), (right, "minival_top1", "minival top-1 (%)")):

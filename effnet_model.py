@@ -25,13 +25,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import WeightsEnum, get_model, get_model_weights
+
+if TYPE_CHECKING:  # torchvision is imported where it is used, for that takes as long as importing torch
+    from torchvision.models import WeightsEnum
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
@@ -528,6 +531,8 @@ def create_model(
         return efficientnet(name, num_classes, pretrained=pretrained, new_head=new_head, **options)
     if name not in NEIGHBOURS:
         raise unknown_name("model", name, [*VARIANTS, *NEIGHBOURS])
+    from torchvision.models import get_model
+
     model = get_model(name, weights=None)
     if pretrained is not False:
         weights = _read_weights(imagenet_weights(name) if pretrained is True else pretrained)
@@ -566,10 +571,12 @@ def _rest(part: nn.Module, inputs: tuple) -> None:
         part.eval()
 
 
-def published_weights(name: str) -> WeightsEnum:
+def published_weights(name: str) -> "WeightsEnum":
     """torchvision's ImageNet weights of b0 to b7 or a neighbour: address, preparation of images, published accuracy."""
     if name not in VARIANTS and name not in NEIGHBOURS:
         raise unknown_name("model", name, [*VARIANTS, *NEIGHBOURS])
+    from torchvision.models import get_model_weights
+
     return get_model_weights(f"efficientnet_{name}" if name in VARIANTS else name).DEFAULT
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import reprlib
 import resource
 import subprocess
 import zipfile
@@ -19,12 +20,11 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+import fastjsonschema
 import filelock
 import pandas as pd
 import safetensors.torch
 import torch
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
 
 SCHEMA_VERSION = 2  # of run.json; 1 had no digest
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # newest first
@@ -63,6 +63,7 @@ RUN_SCHEMA = _has(status={"enum": list(_BY_STATUS)}, seed=_COUNT, config="object
 RUN_SCHEMA["allOf"] = [
     {"if": {"properties": {"status": {"const": status}}}, "then": entries} for status, entries in _BY_STATUS.items()
 ]
+_check = fastjsonschema.compile(RUN_SCHEMA, use_default=False)
 
 
 def replace_file(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
@@ -205,9 +206,10 @@ def read_record(run_dir: str | Path, name: str = "run.json") -> dict | None:
         record = json.loads(path.read_text())
         if isinstance(record, dict) and record.get("schema") not in (1, SCHEMA_VERSION):
             raise ValueError(f"schema {record.get('schema')!r}, expected 1 or {SCHEMA_VERSION}")
-        problem = best_match(Draft202012Validator(RUN_SCHEMA).iter_errors(record))
-        if problem is not None:
-            raise ValueError(f"{problem.json_path}: {problem.message}")
+        try:
+            _check(record, name_prefix="run")
+        except fastjsonschema.JsonSchemaValueException as error:
+            raise ValueError(f"{error.message}, got {reprlib.repr(error.value)}") from None
         if (record["schema"] > 1 or "sha256" in record) and record.get("sha256") != _digest(record):
             raise ValueError("its digest does not match: it was changed after it was written")
     except (OSError, ValueError) as error:

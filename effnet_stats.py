@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
 MARGIN = 0.5  # points of top-1 within which two methods count as equal
 
@@ -15,7 +15,7 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float
     values = np.asarray(values, float)
     if len(values) < 2:
         return float(values.mean()), math.nan, math.nan
-    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    half = scipy.stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
@@ -34,7 +34,8 @@ def contrast_interval(
     freedom = np.array([len(values) - 1 for _, values in groups])
     if not parts.any():
         return value, value, value
-    half = stats.t.ppf((1 + confidence) / 2, parts.sum() ** 2 / (parts**2 / freedom).sum()) * math.sqrt(parts.sum())
+    freedom = parts.sum() ** 2 / (parts**2 / freedom).sum()
+    half = scipy.stats.t.ppf((1 + confidence) / 2, freedom) * math.sqrt(parts.sum())
     return value, value - half, value + half
 
 
@@ -54,7 +55,7 @@ def welch_holm(scores: Mapping[str, Sequence[float]], contrasts: Sequence[tuple[
         a, b = np.asarray(scores[target], float), np.asarray(scores[other], float)
         row = {"contrast": f"{target} - {other}", "n": min(len(a), len(b)), "difference": a.mean() - b.mean()}
         if row["n"] >= 2:
-            test = stats.ttest_ind(a, b, equal_var=False)
+            test = scipy.stats.ttest_ind(a, b, equal_var=False)
             interval = test.confidence_interval(0.95)
             row |= {"low": interval.low, "high": interval.high, "p": test.pvalue}
         rows.append({"low": math.nan, "high": math.nan, "p": math.nan} | row)

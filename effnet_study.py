@@ -98,7 +98,6 @@ from effnet_runs import (  # noqa: F401 - some of them only passed on
     searched_coefficients,
     text_color,
 )
-from effnet_speed import estimate_seconds
 from effnet_stats import (  # noqa: F401 - some of them only passed on
     MARGIN,
     bootstrap,
@@ -449,6 +448,8 @@ def plan(
         data = load_data(**profile.data, download=False)
     device = choose_device(device)
     _, threads = shares(len(runs), profile, device.type, jobs, threads)
+    from effnet_speed import estimate_seconds  # with its peers from other libraries
+
     cores = torch.get_num_threads()
     torch.set_num_threads(threads or cores)
     one_of_each, times = {run.method: run for run in reversed(runs)}, {}

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from torchvision.datasets import ImageFolder
 
 from effnet_augment import resize
 from effnet_data import data_root
@@ -206,6 +205,8 @@ def check_on_imagenet(
     root/imagenet/val/WNID/ holds them (root: as in load_data). images: only so many, drawn by a fixed seed. Returns
     top1 and top5 in percent, torchvision's published ones, and the number of images.
     """
+    from torchvision.datasets import ImageFolder
+
     weights = published_weights(name)
     if images is not None and images < 1:
         raise ValueError(f"images: expected a whole number of at least 1, got {images!r}")
