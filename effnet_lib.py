@@ -114,8 +114,8 @@ from effnet_records import (  # noqa: F401 - some of them only passed on
 class TrainConfig:
     """One run's recipe. Validated on construction; `from_dict` also refuses unknown keys.
 
-    dropout, drop_path, norm_momentum and checkpointing are the network's: give it `config.model_options()`. So are
-    pretrained and freeze, which `effnet_runs` sees to.
+    dropout, drop_path, se_expanded, norm_momentum and checkpointing are the network's: give it
+    `config.model_options()`. So are pretrained and freeze, which `effnet_runs` sees to.
     """
 
     resolution: int = 224  # pixels, for training and for every evaluation
@@ -133,6 +133,7 @@ class TrainConfig:
     label_smoothing: float = 0.1
     dropout: float = 0.2
     drop_path: float = 0.2  # stochastic depth: 1 - survival probability of the last block
+    se_expanded: bool = False  # squeeze-and-excitation sized from the expanded channels, a mistake to be measured
     norm_momentum: float = 0.01  # batch norm's, PyTorch's way round; short runs need more, or scores lag behind
     clip_norm: float = (
         0.0  # of the whole gradient; 0 is off. Norms grow with depth, so a limit slows deep networks most
@@ -209,9 +210,10 @@ class TrainConfig:
                 raise unknown_name("training setting", name, names)
         return cls(**values)
 
-    def model_options(self) -> dict[str, float]:
+    def model_options(self) -> dict[str, float | bool]:
         """The settings of this recipe that the network is built with."""
-        return {name: getattr(self, name) for name in ("dropout", "drop_path", "norm_momentum", "checkpointing")}
+        names = ("dropout", "drop_path", "se_expanded", "norm_momentum", "checkpointing")
+        return {name: getattr(self, name) for name in names}
 
 
 def learning_rate(config: TrainConfig, fraction: float) -> float:

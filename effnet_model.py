@@ -334,13 +334,15 @@ class StochasticDepth(nn.Module):
 class MBConv(nn.Module):
     """Mobile inverted bottleneck: expand, depthwise, squeeze-and-excitation, project; residual where shapes allow."""
 
-    def __init__(self, c_in: int, c_out: int, expand: int, kernel: int, stride: int, drop_path: float):
+    def __init__(
+        self, c_in: int, c_out: int, expand: int, kernel: int, stride: int, drop_path: float, se_expanded: bool = False
+    ):
         super().__init__()
         hidden = c_in * expand
         self.residual = stride == 1 and c_in == c_out
         self.expand = ConvNorm(c_in, hidden) if expand > 1 else nn.Identity()
         self.depthwise = ConvNorm(hidden, hidden, kernel, stride, groups=hidden)
-        self.se = SqueezeExcitation(hidden, max(1, int(c_in * SE_RATIO)))
+        self.se = SqueezeExcitation(hidden, max(1, int((hidden if se_expanded else c_in) * SE_RATIO)))
         self.project = ConvNorm(hidden, c_out, activation=False)
         self.drop_path = StochasticDepth(drop_path)
 
@@ -392,7 +394,8 @@ class EfficientNet(nn.Module):
     `stem_stride=1` halves the total stride to 16, for images of 64 px and less, whose last feature map would otherwise
     be 1 x 1 or 2 x 2. Batch norm: the paper's eps, and TensorFlow's momentum 0.99, which PyTorch writes as 0.01.
     `checkpointing` keeps only the blocks' inputs for the backward pass, which computes the rest again: less memory, one
-    more forward pass, the same result.
+    more forward pass, the same result. `se_expanded` sizes squeeze-and-excitation from the expanded channels, which is
+    not the paper's network but a mistake to be measured.
     """
 
     def __init__(
@@ -406,6 +409,7 @@ class EfficientNet(nn.Module):
         norm_eps: float = 1e-3,
         norm_momentum: float = 0.01,
         checkpointing: bool = False,
+        se_expanded: bool = False,
     ):
         super().__init__()
         if not isinstance(num_classes, int) or num_classes < 1:
@@ -427,7 +431,7 @@ class EfficientNet(nn.Module):
             for layer in range(layers):
                 p = drop_path * block / sum(repeats)
                 stride = stage.stride if layer == 0 else 1
-                blocks.append(MBConv(c_in, c_out, stage.expand, stage.kernel, stride, p))
+                blocks.append(MBConv(c_in, c_out, stage.expand, stage.kernel, stride, p, se_expanded))
                 c_in, block = c_out, block + 1
             self.stages.append(blocks)
         self.head = ConvNorm(c_in, round_filters(HEAD_CHANNELS, scaling.width))
@@ -736,28 +740,36 @@ def _count(model: nn.Module, shape: tuple[int, ...], parts: Mapping[str, nn.Modu
     return costs
 
 
-def scaled_cost(scaling: Scaling, base_resolution: int = 224, num_classes: int = 1000, stem_stride: int = 2) -> Cost:
+def scaled_cost(
+    scaling: Scaling,
+    base_resolution: int = 224,
+    num_classes: int = 1000,
+    stem_stride: int = 2,
+    se_expanded: bool = False,
+) -> Cost:
     """Cost of the network that `scaling` makes of B0, at its own resolution.
 
     As count_cost's, but for any depth at once: a stage's layers after its first all cost the same.
     """
     pixels = round_resolution(scaling.resolution, base_resolution)
-    shallow, further = _layer_costs(scaling.width, pixels, num_classes, stem_stride)
+    shallow, further = _layer_costs(scaling.width, pixels, num_classes, stem_stride, se_expanded)
     repeats = [round_repeats(stage.layers, scaling.depth) - 1 for stage in STAGES]
     parts = [(1, shallow), *zip(repeats, further, strict=True)]
     return Cost(*(sum(n * getattr(cost, f.name) for n, cost in parts) for f in dataclasses.fields(Cost)))
 
 
 @cache
-def _layer_costs(width: float, pixels: int, num_classes: int, stem_stride: int) -> tuple[Cost, list[Cost]]:
+def _layer_costs(
+    width: float, pixels: int, num_classes: int, stem_stride: int, se_expanded: bool
+) -> tuple[Cost, list[Cost]]:
     """Cost of the network with one layer in each stage, and of one further layer of each stage."""
     side, further = math.ceil(pixels / stem_stride), []
     with torch.device("meta"):
-        shallow = EfficientNet(Scaling(1e-6, width), num_classes, stem_stride=stem_stride)
+        shallow = EfficientNet(Scaling(1e-6, width), num_classes, stem_stride=stem_stride, se_expanded=se_expanded)
         shallow = _count(shallow, (1, 3, pixels, pixels), {"": shallow})[""]
         for stage in STAGES:
             side, channels = math.ceil(side / stage.stride), round_filters(stage.channels, width)
-            layer = MBConv(channels, channels, stage.expand, stage.kernel, 1, 0.0)
+            layer = MBConv(channels, channels, stage.expand, stage.kernel, 1, 0.0, se_expanded)
             further.append(_count(layer, (1, channels, side, side), {"": layer})[""])
     return shallow, further
 

@@ -67,6 +67,8 @@ TRAINED_BY = {
     **dict.fromkeys(["compound", "compound_searched"], "04_compound_scaling"),
 }
 PHI = re.compile(r"(compound|compound_searched)_phi(\d+(?:\.\d+)?)")  # compound_phi3.0: Equation 3 at any other phi
+# depth_x8: as much of it as makes so many times the baseline's FLOPs, for Figure 8's lines
+TIMES = re.compile(r"(depth|width|resolution|compound|compound_searched)_x(\d+(?:\.\d+)?)")
 COLORS = {
     "baseline": "#000000",
     **dict.fromkeys(["depth", "depth_matched"], "#0072B2"),
@@ -98,11 +100,19 @@ PLAIN_RECIPE |= {"norm_momentum": 0.1, "ema_decay": 0.99}
 
 def family(method: str) -> str:
     """The method as TRAINED_BY and COLORS have it: compound_phi3.0 is compound. ValueError if there is none."""
-    match = PHI.fullmatch(method)
+    match = PHI.fullmatch(method) or TIMES.fullmatch(method)
     name = match[1] if match else method
     if name not in TRAINED_BY:
-        raise unknown_name("method", method, [*TRAINED_BY, "compound_phi2.5"])
+        raise unknown_name("method", method, [*TRAINED_BY, "compound_phi2.5", "depth_x8"])
     return name
+
+
+def figure8_lines(methods: Iterable[str], flops: Mapping[str, float]) -> list[list[str]]:
+    """Figure 8's lines: methods that scale the same way, by their `flops`, from the baseline if that is there."""
+    methods = sorted(methods, key=flops.__getitem__)
+    start = [method for method in methods if method == "baseline"]
+    ways = dict.fromkeys(family(method).removesuffix("_matched") for method in methods if method not in start)
+    return [start + [m for m in methods if family(m).removesuffix("_matched") == way] for way in ways]
 
 
 def color(method: str) -> str:
@@ -195,17 +205,17 @@ class Profile:
         """The method's coefficients (d, w, r).
 
         The paper's; for NAME_matched those that cost as much as compound; for compound_searched those of the searched
-        alpha, beta and gamma at the phi whose FLOPs come nearest to compound's; and both at any phi as NAME_phi2.5.
+        alpha, beta and gamma at the phi whose FLOPs come nearest to compound's; both at any phi as NAME_phi2.5; and for
+        NAME_x8 those that come nearest to so many times the baseline's FLOPs.
         """
-        name, match = family(method), PHI.fullmatch(method)
-        compound = compound_scaling(float(match[2])) if match else TABLE7["compound"]
-        if name == "compound_searched":
-            return self._equal("compound", compound, searched)
-        axis, _, matched = name.partition("_")
-        return self._equal(axis, compound) if matched else compound if axis == "compound" else TABLE7[axis]
-
-    def _equal(self, axis: str, to: Scaling, coefficients: tuple[float, float, float] = (1.2, 1.1, 1.15)) -> Scaling:
-        return _matched(axis, to, coefficients, self.base_resolution, self.num_classes, self.stem_stride)
+        phi, times = PHI.fullmatch(method), TIMES.fullmatch(method)
+        compound = compound_scaling(float(phi[2])) if phi else TABLE7["compound"]
+        axis, _, kind = family(method).partition("_")
+        if not kind and not times:
+            return compound if axis == "compound" else TABLE7[axis]
+        here = (self.base_resolution, self.num_classes, self.stem_stride)
+        flops = float(times[2]) * scaled_cost(Scaling(), *here).flops if times else scaled_cost(compound, *here).flops
+        return _matched(axis, round(flops), searched if kind == "searched" else (1.2, 1.1, 1.15), *here)
 
     def command(self, words: str, results: str | Path | None = None) -> str:
         """What to type in a shell for `effnet WORDS` on this profile, such as study, with results where they are."""
@@ -215,14 +225,14 @@ class Profile:
 
     def cost(self, scaling: Scaling) -> Cost:
         """Parameters, FLOPs and activations of B0 scaled so, in this study."""
-        return scaled_cost(scaling, self.base_resolution, self.num_classes, self.stem_stride)
+        se_expanded = self.train.get("se_expanded", False)
+        return scaled_cost(scaling, self.base_resolution, self.num_classes, self.stem_stride, se_expanded)
 
 
 @cache
-def _matched(axis, to: Scaling, coefficients, base_resolution: int, num_classes: int, stem_stride: int) -> Scaling:
-    target = scaled_cost(to, base_resolution, num_classes, stem_stride).flops
+def _matched(axis, flops: int, coefficients, base_resolution: int, num_classes: int, stem_stride: int) -> Scaling:
     options = {"num_classes": num_classes, "stem_stride": stem_stride, "coefficients": coefficients}
-    return match_flops(axis, target, base_resolution, **options).scaling
+    return match_flops(axis, flops, base_resolution, **options).scaling
 
 
 def profile_names() -> list[str]:

@@ -75,6 +75,7 @@ from effnet_runs import (  # noqa: F401 - some of them only passed on
     PURPOSES,
     RESULTS,
     ROOT,
+    TIMES,
     TRAINED_BY,
     Candidate,
     Profile,
@@ -84,6 +85,7 @@ from effnet_runs import (  # noqa: F401 - some of them only passed on
     describe_search,
     ending,
     family,
+    figure8_lines,
     load_history,
     load_pilots,
     load_profile,
@@ -487,8 +489,9 @@ def ablation(profile: Profile, results: str | Path | None = None) -> tuple[str, 
     """The change that an ablation makes to the recipe of the profile it is one of, in words; and what that does to test
     top-1 over seeds: a row per method, and a row for the lead of each over the baseline, with the means as it is and
     changed, and their difference with Welch's 95 % interval. First all of them by the moving average, which is what a
-    study scores, then by the weights of the last step. Only seeds are compared that have finished in both, and not with
-    a lower learning rate after they had diverged.
+    study scores, then by the weights of the last step. A baseline that the ablation does not train stays as it is, for
+    where only some methods are treated otherwise. Only seeds are compared that have finished in both, and not with a
+    lower learning rate after they had diverged.
     """
     whole = load_profile(profile.ablation_of)
     then, now = (recipe(dataclasses.asdict(TrainConfig.from_dict(p.train))) for p in (whole, profile))
@@ -499,7 +502,9 @@ def ablation(profile: Profile, results: str | Path | None = None) -> tuple[str, 
     for weights, score in (("moving average", "top1"), ("last step", "raw_top1")):
         before, after = (_by_seed(runs, score) for runs in finished)
         methods = [method for method in after if method in before]
-        leads = [(method, "baseline") for method in methods if method != "baseline" and "baseline" in methods]
+        if "baseline" not in profile.methods:
+            after = after | {m: scores for m, scores in before.items() if m == "baseline"}
+        leads = [(m, "baseline") for m in methods if m != "baseline" and "baseline" in set(before) & set(after)]
         for method, other in [*((method, None) for method in methods), *leads]:
             signs = {method: 1} | ({other: -1} if other else {})
             seeds = sorted(set.intersection(*(set(runs[m]) for runs in (before, after) for m in signs)))
@@ -513,7 +518,7 @@ def ablation(profile: Profile, results: str | Path | None = None) -> tuple[str, 
             }
             for name, way in (("as_it_is", -1), ("changed", 1)):
                 row[name] = sum(sign * scores[way, m].mean() for m, sign in signs.items())
-            terms = [(way * signs[m], values) for (way, m), values in scores.items()]
+            terms = [(way * signs[m], values) for (way, m), values in scores.items() if m in profile.methods]
             rows.append(row | dict(zip(("difference", "low", "high"), contrast_interval(terms), strict=True)))
     return change, pd.DataFrame(rows)
 
@@ -588,7 +593,7 @@ def _train(args: argparse.Namespace) -> None:
         raise ValueError(
             f"train: {name} is a method of the study, whose recipe is its profile's; copy that to change it"
         )
-    elif name not in TRAINED_BY and not PHI.fullmatch(name):
+    elif name not in TRAINED_BY and not PHI.fullmatch(name) and not TIMES.fullmatch(name):
         raise unknown_name("method or model", name, [*TRAINED_BY, *VARIANTS, *NEIGHBOURS])
     else:
         run = Run.plan(dataset, name, args.seed, args.results)

@@ -104,13 +104,13 @@ def published_runs() -> pd.DataFrame:
 
 
 def figure8(dots: pd.DataFrame, tooltip: list[alt.Tooltip], x: str, y: str, what: str) -> dict:
-    """Accuracy against FLOPs: dots, a tick at each method's mean, a bar for the interval, a line from the baseline."""
+    """Accuracy against FLOPs: dots, a tick at each method's mean, a bar for the interval, Figure 8's lines."""
     rows = []
     for method, group in dots.groupby("method", sort=False):
         statistics = dict(zip(("mean", "low", "high"), study.t_interval(group["top1"]), strict=True))
         rows.append({"method": method, **group[["label", "x"]].iloc[0], "n": len(group), **statistics})
     means = pd.DataFrame(rows)
-    several, start = means[means["n"] > 1], means[means["method"] == "baseline"]
+    several = means[means["n"] > 1]
     extent = pd.concat([several["low"], several["high"], dots["top1"]])
     room = max(0.08 * (extent.max() - extent.min()), 0.5)
     bottom, top = float(extent.min() - room), float(extent.max() + room)
@@ -121,8 +121,11 @@ def figure8(dots: pd.DataFrame, tooltip: list[alt.Tooltip], x: str, y: str, what
     across = alt.X("x:Q", title=x, scale=alt.Scale(**wide), axis=alt.Axis(tickCount=4, grid=False))
     upright = alt.Y("top1:Q", title=y, scale=alt.Scale(**tall, zero=False))
     layers = []
-    if len(start) and len(means) > 1:
-        ends = means[means["method"] != "baseline"].assign(x0=start["x"].iloc[0], y0=start["mean"].iloc[0])
+    points, joined = means.set_index("method")[["x", "mean"]], []
+    for methods in study.figure8_lines(points.index, points["x"]):
+        here = points.loc[methods].reset_index()
+        joined.append(here.join(here[["x", "mean"]].shift().set_axis(["x0", "y0"], axis="columns")).iloc[1:])
+    if joined and len(ends := pd.concat(joined)):
         rules = alt.Chart(ends).mark_rule(opacity=0.55)
         layers.append(rules.encode(x=alt.X("x0:Q"), y=alt.Y("y0:Q"), x2="x:Q", y2="mean:Q", **line))
     if len(several):

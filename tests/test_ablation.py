@@ -72,6 +72,21 @@ def test_an_ablation_says_what_its_change_does_to_each_method_and_to_its_lead(ch
     assert (table["low"][0], table["high"][0]) == (pytest.approx(low), pytest.approx(high))
 
 
+def test_a_baseline_that_is_not_treated_otherwise_stays_as_it_is(changed, tmp_path):
+    whole, path = study.load_profile(changed[0]), changed[0].with_name("unequal.yaml")
+    path.write_text("title: Unequal\nablation_of: tiny.yaml\nmethods: [compound]\ntrain: {dropout: 0.4}\n")
+    profile = study.load_profile(path)
+    scores = {"baseline": (50.0, 52.0), "compound": (60.0, 63.0)}
+    for one, less in ((whole, 0), (profile, 5)):
+        for run in study.plan_runs(one, tmp_path, set(scores) & set(one.methods)):
+            write_record(run, top1=scores[run.method][run.seed] - less)
+    table = study.ablation(profile, tmp_path)[1].query("weights == 'moving average'").set_index("what")
+    assert table["as_it_is"].to_dict() == {"compound": 61.5, "compound - baseline": 10.5}
+    assert table["changed"].to_dict() == {"compound": 56.5, "compound - baseline": 5.5}
+    alone, lead = (table.loc[what, ["difference", "low", "high"]].tolist() for what in table.index)
+    assert alone == lead and lead[0] == -5  # the baseline's seeds add nothing to its interval
+
+
 def test_an_ablation_of_evidence_is_exploratory(profile_file):
     whole = profile_file(purpose="evidence", seeds=[0, 1, 2, 3, 4])
     path = whole.with_name("high.yaml")

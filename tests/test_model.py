@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model
 
-import effnet_model
 from effnet_lib import (
     NEIGHBOURS,
+    TABLE7,
     Conv2d,
     EfficientNet,
     MBConv,
@@ -33,6 +33,7 @@ from effnet_lib import (
     freeze_backbone,
     imagenet_weights,
     load_torchvision_weights,
+    scaled_cost,
 )
 
 
@@ -77,7 +78,7 @@ def published_weights(tmp_path, monkeypatch):
         torch.save(state_dict, file)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
         weights = SimpleNamespace(DEFAULT=SimpleNamespace(url=f"https://nowhere.example/network-{digest}.pth"))
-        monkeypatch.setattr(effnet_model, "get_model_weights", lambda name: weights)
+        monkeypatch.setattr("torchvision.models.get_model_weights", lambda name: weights)
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
         def fetch(url, to, hash_prefix, progress):
@@ -205,7 +206,15 @@ def test_squeeze_and_excitation_is_sized_from_the_blocks_input():
         if isinstance(block, MBConv):
             first = block.expand if not isinstance(block.expand, nn.Identity) else block.depthwise
             assert block.se.reduce.out_channels == first.conv.in_channels // 4
-    assert sum(p.numel() for p in model.parameters()) == 4_020_358  # 7.16 M with the common mistake
+    assert sum(p.numel() for p in model.parameters()) == 4_020_358
+
+
+def test_the_common_mistake_in_squeeze_and_excitation_can_be_measured():
+    model = efficientnet("b0", num_classes=10, se_expanded=True)
+    assert model.stages[1][0].se.reduce.out_channels == 6 * 16 // 4
+    cost = count_cost(model, 64)
+    assert cost.params == 7_155_658  # that of a well-known reproduction
+    assert cost == scaled_cost(TABLE7["baseline"], 64, 10, se_expanded=True)
 
 
 def test_stochastic_depth_ramps_linearly_from_zero():

@@ -139,6 +139,7 @@ def test_the_analysis_decides_by_the_rule_from_three_seeds(profile_file, tmp_pat
     """On made-up scores: compound ahead at the published coefficients, equal to width at equal FLOPs."""
     top1 = {"baseline": 70, "depth": 74, "width": 74.5, "resolution": 73.5, "compound": 77}
     top1 |= {"depth_matched": 74.5, "width_matched": 77, "resolution_matched": 74}
+    top1 |= {"depth_x2": 72, "width_x2": 72.5, "resolution_x2": 71, "compound_x2": 73}
     path, rng = profile_file(methods=list(top1), seeds=[0, 1, 2], purpose="exploratory"), np.random.default_rng(0)
     for run in study.plan_runs(study.load_profile(path), tmp_path):
         score = top1[run.method] + 0.05 * (run.seed - 1)
@@ -149,7 +150,8 @@ def test_the_analysis_decides_by_the_rule_from_three_seeds(profile_file, tmp_pat
         (run.directory / "history.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(last) + "\n")
     study.run_notebook("05_analysis", tmp_path / "05.ipynb", {"profile": str(path), "results": str(tmp_path)})
     claims = json.loads((tmp_path / "tiny" / "tables" / "verdict.json").read_text())["claims"]
-    assert list(claims.values()) == ["reproduced", "not reproduced", "reproduced"]
+    assert list(claims.values()) == ["reproduced", "not reproduced", "reproduced", "reproduced"]
+    assert [*claims][-1] == "compound scaling beats each single axis at 2 times the baseline's FLOPs"
     table = pd.read_csv(tmp_path / "tiny" / "tables" / "table7.csv").set_index("method")
     assert (table["n"] == 3).all() and table["top1"].to_dict() == pytest.approx(top1)
     half = 4.302653 * 0.05 / 3**0.5

@@ -219,9 +219,43 @@ def test_compound_scaling_is_trained_at_any_phi(profile_file, tmp_path):
     assert three.cost.flops == pytest.approx(profile.cost(compound_scaling(3)).flops, rel=0.03)
     assert one.executed.name == "04_compound_scaling_compound_phi1_seed0.ipynb"
     assert study.color("compound_phi1") == study.color("compound") != study.color("compound_searched_phi3.0")
-    for wrong in ("compound_phi", "depth_phi2", "compound_phi-1"):
+    for wrong in ("compound_phi", "depth_phi2", "compound_phi-1", "depth_x", "baseline_x2", "depth_matched_x2"):
         with pytest.raises(ValueError, match=f"unknown method '{wrong}'"):
             study.Run.plan(path, wrong, 0, tmp_path)
+
+
+def test_figure_8_has_networks_at_any_multiple_of_the_baselines_flops(profile_file, tmp_path):
+    axes = ("depth", "width", "resolution", "compound", "compound_searched")
+    methods = ["baseline", *(f"{axis}_x{times}" for times in (2, 4.7) for axis in axes)]
+    path = profile_file(methods=methods, search={"step": 0.4}, base_resolution=224)
+    profile = study.load_profile(path)
+    found(profile, tmp_path)
+    baseline, *runs = study.plan_runs(profile, tmp_path)
+    for run in runs:
+        axis, _, times = run.method.rpartition("_x")
+        assert run.cost.flops == pytest.approx(float(times) * baseline.cost.flops, rel=0.06), run.method
+        scaled = {name for name, value in dataclasses.asdict(run.scaling).items() if value > 1}
+        if axis != "compound_searched":  # whose coefficients may well scale one axis alone
+            assert scaled == ({axis} if axis != "compound" else {"depth", "width", "resolution"})
+        assert study.color(run.method) == study.color(axis)
+    assert runs[0].executed.name == "02_single_axis_scaling_depth_x2_seed0.ipynb"
+    lines = study.figure8_lines(methods, {run.method: run.cost.flops for run in (baseline, *runs)})
+    assert sorted(lines) == sorted(["baseline", f"{axis}_x2", f"{axis}_x4.7"] for axis in axes)
+    with pytest.raises(ValueError, match="at least the baseline's"):
+        study.Run.plan(path, "depth_x0.5", 0, tmp_path)
+
+
+def test_a_line_joins_published_and_matched_networks():
+    flops = {"depth": 9, "baseline": 1, "depth_matched": 8, "compound": 8, "compound_phi3": 16}
+    expected = [["baseline", "depth_matched", "depth"], ["baseline", "compound", "compound_phi3"]]
+    assert sorted(study.figure8_lines(flops, flops)) == sorted(expected)
+    assert study.figure8_lines(["depth"], flops) == [["depth"]] and study.figure8_lines(["baseline"], flops) == []
+
+
+def test_figure_8_of_tiny_imagenet_has_the_recipe_of_its_table_7():
+    lines, table = study.load_profile("tiny-imagenet-figure8"), study.load_profile("tiny-imagenet")
+    for name in ("data", "base_resolution", "stem_stride", "train"):
+        assert getattr(lines, name) == getattr(table, name), name
 
 
 def test_pruning_ends_a_run_before_its_last_epoch_and_stays(tmp_path, digits, tiny_model, recipe):
