@@ -98,7 +98,8 @@ def end_of(folder: Path) -> dict:
 
 def kill(kills: int, folder: Path, seed: int = 0) -> dict:
     """Kill training `kills` times in `folder`. Returns what was done; AssertionError if a run came to another end."""
-    CONTEXT.set_forkserver_preload(["effnet_lib", "effnet_data", "sklearn.datasets"])
+    sooner = ("effnet_lib", "effnet_data", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo")
+    CONTEXT.set_forkserver_preload(list(sooner))
     rng, counted, runs, deepest, begin = random.Random(seed), Counter(), 0, 0, time.time()
     start(folder / "warm").join()
     started = time.time()

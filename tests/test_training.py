@@ -471,9 +471,9 @@ def test_a_missing_gpu_is_said(tmp_path, digits, tiny_model, recipe):
 def test_mixed_precision_learns(tmp_path, tiny_model, recipe, precision):
     """On the CPU, where it is slow but the same code; fp16 goes through the gradient scaler."""
     digits = load_data("digits", size=16, train_per_class=40)
-    config = recipe(epochs=8, optimizer="sgd", lr=0.03, precision=precision, clip_norm=20.0, **EASY)
+    config = recipe(epochs=4, optimizer="sgd", lr=0.03, precision=precision, clip_norm=20.0, **EASY)
     record = train(tiny_model(**config.model_options()), digits, config, tmp_path, device="cpu")
-    assert record["status"] == "finished" and record["test"]["top1"] > 60
+    assert record["status"] == "finished" and record["test"]["top1"] > 50
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
