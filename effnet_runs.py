@@ -107,9 +107,9 @@ def family(method: str) -> str:
     return name
 
 
-def figure8_lines(methods: Iterable[str], flops: Mapping[str, float]) -> list[list[str]]:
-    """Figure 8's lines: methods that scale the same way, by their `flops`, from the baseline if that is there."""
-    methods = sorted(methods, key=flops.__getitem__)
+def figure8_lines(costs: Mapping[str, float]) -> list[list[str]]:
+    """Figure 8's lines: methods that scale the same way, by their cost, from the baseline if that is there."""
+    methods = sorted(costs, key=costs.__getitem__)
     start = [method for method in methods if method == "baseline"]
     ways = dict.fromkeys(family(method).removesuffix("_matched") for method in methods if method not in start)
     return [start + [m for m in methods if family(m).removesuffix("_matched") == way] for way in ways]

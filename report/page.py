@@ -122,7 +122,7 @@ def figure8(dots: pd.DataFrame, tooltip: list[alt.Tooltip], x: str, y: str, what
     upright = alt.Y("top1:Q", title=y, scale=alt.Scale(**tall, zero=False))
     layers = []
     points, joined = means.set_index("method")[["x", "mean"]], []
-    for methods in study.figure8_lines(points.index, points["x"]):
+    for methods in study.figure8_lines(points["x"].to_dict()):
         here = points.loc[methods].reset_index()
         joined.append(here.join(here[["x", "mean"]].shift().set_axis(["x0", "y0"], axis="columns")).iloc[1:])
     if joined and len(ends := pd.concat(joined)):

@@ -239,7 +239,7 @@ def test_figure_8_has_networks_at_any_multiple_of_the_baselines_flops(profile_fi
             assert scaled == ({axis} if axis != "compound" else {"depth", "width", "resolution"})
         assert study.color(run.method) == study.color(axis)
     assert runs[0].executed.name == "02_single_axis_scaling_depth_x2_seed0.ipynb"
-    lines = study.figure8_lines(methods, {run.method: run.cost.flops for run in (baseline, *runs)})
+    lines = study.figure8_lines({run.method: run.cost.flops for run in (baseline, *runs)})
     assert sorted(lines) == sorted(["baseline", f"{axis}_x2", f"{axis}_x4.7"] for axis in axes)
     with pytest.raises(ValueError, match="at least the baseline's"):
         study.Run.plan(path, "depth_x0.5", 0, tmp_path)
@@ -248,8 +248,8 @@ def test_figure_8_has_networks_at_any_multiple_of_the_baselines_flops(profile_fi
 def test_a_line_joins_published_and_matched_networks():
     flops = {"depth": 9, "baseline": 1, "depth_matched": 8, "compound": 8, "compound_phi3": 16}
     expected = [["baseline", "depth_matched", "depth"], ["baseline", "compound", "compound_phi3"]]
-    assert sorted(study.figure8_lines(flops, flops)) == sorted(expected)
-    assert study.figure8_lines(["depth"], flops) == [["depth"]] and study.figure8_lines(["baseline"], flops) == []
+    assert sorted(study.figure8_lines(flops)) == sorted(expected)
+    assert study.figure8_lines({"depth": 9}) == [["depth"]] and study.figure8_lines({"baseline": 1}) == []
 
 
 def test_figure_8_of_tiny_imagenet_has_the_recipe_of_its_table_7():
