@@ -55,7 +55,7 @@ def check_parameters(notebook: str, values: Mapping[str, object]) -> dict[str, o
 
     Returns the declared defaults updated by `values`; a parameter whose default is None takes text or None.
     """
-    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
     declared = next(_assignments("".join(c["source"])) for c in cells if "parameters" in c["metadata"].get("tags", []))
     for name, value in values.items():
         if name not in declared:
@@ -184,10 +184,10 @@ def run_notebook(
         raise Killed(f"{notebook}: its process was killed; see {unfinished}")
     if status != 0:
         raise RuntimeError(f"{notebook} failed; see {unfinished}")
-    executed = json.loads(unfinished.read_text())
+    executed = json.loads(unfinished.read_text(encoding="utf-8"))
     for key in ("input_path", "output_path"):  # no paths of the machine it ran on
         executed["metadata"]["papermill"][key] = f"{notebook}.ipynb" if key == "input_path" else output.name
-    unfinished.write_text(json.dumps(executed, indent=1, ensure_ascii=False) + "\n")
+    unfinished.write_text(json.dumps(executed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     unfinished.replace(output)
 
 

@@ -196,6 +196,8 @@ class TrainConfig:
             raise ValueError(
                 "freeze: a backbone that has learnt nothing cannot be frozen; use it with pretrained: true"
             )
+        if self.pretrained and self.se_expanded:
+            raise ValueError("se_expanded: there are no ImageNet weights of such a network; use it without pretrained")
         if self.accumulation > self.batch_size:
             raise ValueError(
                 f"accumulation: expected at most the batch size {self.batch_size}, got {self.accumulation}"

@@ -526,7 +526,7 @@ def create_model(
     """b0 to b7 or one of NEIGHBOURS by name; arguments as for `efficientnet`.
 
     Neighbours are torchvision's, with dropout before their classifier (default: none) and the batch norm momentum asked
-    for; they know no stochastic depth and no checkpointing.
+    for; they know no stochastic depth, no checkpointing and no squeeze-and-excitation.
     """
     given = {"dropout": dropout, "norm_momentum": norm_momentum}
     given = {setting: value for setting, value in given.items() if value is not None}
@@ -535,6 +535,8 @@ def create_model(
         return efficientnet(name, num_classes, pretrained=pretrained, new_head=new_head, **options)
     if name not in NEIGHBOURS:
         raise unknown_name("model", name, [*VARIANTS, *NEIGHBOURS])
+    if options.get("se_expanded"):
+        raise ValueError(f"se_expanded: {name} has no squeeze-and-excitation; leave it out")
     from torchvision.models import get_model
 
     model = get_model(name, weights=None)

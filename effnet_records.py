@@ -61,7 +61,7 @@ _BY_STATUS = {
 # What every reader of run.json may rely on, in both versions; more entries are welcome
 RUN_SCHEMA = _has(status={"enum": list(_BY_STATUS)}, seed=_COUNT, config="object")
 RUN_SCHEMA["allOf"] = [
-    {"if": {"properties": {"status": {"const": status}}}, "then": entries} for status, entries in _BY_STATUS.items()
+    {"if": _has(status={"const": status}), "then": entries} for status, entries in _BY_STATUS.items()
 ]
 _check = fastjsonschema.compile(RUN_SCHEMA, use_default=False)
 
@@ -209,7 +209,8 @@ def read_record(run_dir: str | Path, name: str = "run.json") -> dict | None:
         try:
             _check(record, name_prefix="run")
         except fastjsonschema.JsonSchemaValueException as error:
-            raise ValueError(f"{error.message}, got {reprlib.repr(error.value)}") from None
+            got = "" if isinstance(error.value, dict) else f", got {reprlib.repr(error.value)}"
+            raise ValueError(f"{error.message}{got}") from None
         if (record["schema"] > 1 or "sha256" in record) and record.get("sha256") != _digest(record):
             raise ValueError("its digest does not match: it was changed after it was written")
     except (OSError, ValueError) as error:

@@ -67,8 +67,8 @@ TRAINED_BY = {
     **dict.fromkeys(["compound", "compound_searched"], "04_compound_scaling"),
 }
 PHI = re.compile(r"(compound|compound_searched)_phi(\d+(?:\.\d+)?)")  # compound_phi3.0: Equation 3 at any other phi
-# depth_x8: as much of it as makes so many times the baseline's FLOPs, for Figure 8's lines
-TIMES = re.compile(r"(depth|width|resolution|compound|compound_searched)_x(\d+(?:\.\d+)?)")
+# depth_x8: scaled to 8 times the baseline's FLOPs, for Figure 8's lines; a number has one way to be written
+TIMES = re.compile(r"(depth|width|resolution|compound|compound_searched)_x([1-9]\d*(?:\.\d*[1-9])?)")
 COLORS = {
     "baseline": "#000000",
     **dict.fromkeys(["depth", "depth_matched"], "#0072B2"),
@@ -206,7 +206,8 @@ class Profile:
 
         The paper's; for NAME_matched those that cost as much as compound; for compound_searched those of the searched
         alpha, beta and gamma at the phi whose FLOPs come nearest to compound's; both at any phi as NAME_phi2.5; and for
-        NAME_x8 those that come nearest to so many times the baseline's FLOPs.
+        NAME_x8 those that come nearest to 8 times the baseline's FLOPs. FLOPs here are the paper's network's, whatever
+        the recipe makes of it.
         """
         phi, times = PHI.fullmatch(method), TIMES.fullmatch(method)
         compound = compound_scaling(float(phi[2])) if phi else TABLE7["compound"]
@@ -678,7 +679,8 @@ class ModelRun(Run):
     @cached_property
     def cost(self) -> Cost:
         with torch.device("meta"):
-            model = create_model(self.method, self.profile.num_classes, stem_stride=self.profile.stem_stride)
+            options = {"stem_stride": self.profile.stem_stride, "se_expanded": self.config.se_expanded}
+            model = create_model(self.method, self.profile.num_classes, **options)
         return count_cost(model, self.config.resolution)
 
     @property

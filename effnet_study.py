@@ -489,14 +489,16 @@ def ablation(profile: Profile, results: str | Path | None = None) -> tuple[str, 
     """The change that an ablation makes to the recipe of the profile it is one of, in words; and what that does to test
     top-1 over seeds: a row per method, and a row for the lead of each over the baseline, with the means as it is and
     changed, and their difference with Welch's 95 % interval. First all of them by the moving average, which is what a
-    study scores, then by the weights of the last step. A baseline that the ablation does not train stays as it is, for
-    where only some methods are treated otherwise. Only seeds are compared that have finished in both, and not with a
-    lower learning rate after they had diverged.
+    study scores, then by the weights of the last step. An ablation without the baseline treats only its own methods
+    otherwise: the baseline of their lead stays as it is, and the words say so. Only seeds are compared that have
+    finished in both, and not with a lower learning rate after they had diverged.
     """
     whole = load_profile(profile.ablation_of)
     then, now = (recipe(dataclasses.asdict(TrainConfig.from_dict(p.train))) for p in (whole, profile))
     words = {name: (f"{v:g}" if isinstance(v, float) else str(v) for v in (then[name], now[name])) for name in now}
     change = ", ".join(f"{name} {' to '.join(words[name])}" for name in now if now[name] != then[name])
+    if "baseline" not in profile.methods:
+        change += f" of {', '.join(profile.methods)} alone"
     finished = [load_runs(p, results).query("status == 'finished'") for p in (whole, profile)]
     rows = []
     for weights, score in (("moving average", "top1"), ("last step", "raw_top1")):
@@ -594,7 +596,8 @@ def _train(args: argparse.Namespace) -> None:
             f"train: {name} is a method of the study, whose recipe is its profile's; copy that to change it"
         )
     elif name not in TRAINED_BY and not PHI.fullmatch(name) and not TIMES.fullmatch(name):
-        raise unknown_name("method or model", name, [*TRAINED_BY, *VARIANTS, *NEIGHBOURS])
+        others = ("compound_phi2.5", "depth_x8", *VARIANTS, *NEIGHBOURS)
+        raise unknown_name("method or model", name, [*TRAINED_BY, *others])
     else:
         run = Run.plan(dataset, name, args.seed, args.results)
     run.train(load_data(**run.profile.data), args.device)

@@ -16,10 +16,8 @@ import effnet_study as study
 
 NOT_KEPT = ("quick",)  # profiles whose results are not committed: left out unless asked for
 ENOUGH = 5  # seeds that a claim needs, by the protocol
-CLAIMS = {  # that compound scaling wins, and in short; the first one that a study has decides its outcome
-    "compound scaling beats each single axis at equal FLOPs": "at equal FLOPs",
-    "compound scaling beats each single axis at the published coefficients": "at the published coefficients",
-}
+CLAIM = "compound scaling beats each single axis "  # how the claims begin that are about the outcome; then at what cost
+COSTS = ("at equal FLOPs", "at the published coefficients")  # the first one that a study has decides, then any other
 DECIDED = {  # verdict: how the headline begins, and the title's prefix as in ReScience C
     "reproduced": ("Compound scaling wins", "[Re]"),
     "not reproduced": ("Compound scaling does not win", "[¬Re]"),
@@ -90,8 +88,10 @@ class Study:
     @property
     def claim(self) -> str | None:
         """The claim that decides the outcome, of those that the verdict speaks of."""
-        claims = (self.verdict or {}).get("claims", {})
-        return next((claim for claim in CLAIMS if claim in claims), None)
+        costs = [
+            claim.removeprefix(CLAIM) for claim in (self.verdict or {}).get("claims", {}) if claim.startswith(CLAIM)
+        ]
+        return next((CLAIM + cost for cost in (*COSTS, *reversed(costs)) if cost in costs), None)
 
     @cached_property
     def differences(self) -> pd.DataFrame:
@@ -203,4 +203,4 @@ def _headline(one: Study) -> str:
         side = "above" if row.difference > 0 else "below"
         parts.append(f"{abs(row.difference):.1f}{unit} {side} {spoken(row.contrast.split(' - ')[1])}")
     subject = "it" if lead != "Undecided" else "compound scaling"
-    return f"{lead} on {one.data} {CLAIMS[one.claim]}: {subject} is {listed(parts)}."
+    return f"{lead} on {one.data} {one.claim.removeprefix(CLAIM)}: {subject} is {listed(parts)}."

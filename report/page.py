@@ -185,7 +185,13 @@ def curves(histories: dict[str, pd.DataFrame], runs: pd.DataFrame, column: str, 
     x = alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1, tickCount=6, format="d", grid=False))
     x.scale = alt.Scale(zero=False, nice=False, padding=6)
     at = {"x": x, "y": alt.Y("v:Q", title=title, scale=alt.Scale(zero=False))}
-    dashed = alt.when("test(/_matched$/, datum.method)").then(alt.value([5, 3])).otherwise(alt.value([1, 0]))
+    methods = runs.drop_duplicates("method").set_index("method")["flops"]
+    dashes = {method: [5, 3] if method.endswith("_matched") else [1, 0] for method in methods.index}
+    for line in study.figure8_lines(
+        {m: flops for m, flops in methods.items() if study.TIMES.fullmatch(m)}
+    ):  # of one colour
+        dashes |= zip(line, ([1, 0], [5, 3], [2, 2], [7, 2, 2, 2]) * len(line), strict=False)
+    dashed = alt.StrokeDash("method:N", scale=alt.Scale(domain=[*dashes], range=[*dashes.values()]), legend=None)
     fading = {"opacity": shown.then(alt.value(0.9)).otherwise(alt.value(0.12)), "strokeDash": dashed}
     lines = base.mark_line(strokeWidth=1.8).encode(detail="run:N", stroke=looks["stroke"], **fading, **at)
     few = len(table) <= CROWDED

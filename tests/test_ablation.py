@@ -80,7 +80,9 @@ def test_a_baseline_that_is_not_treated_otherwise_stays_as_it_is(changed, tmp_pa
     for one, less in ((whole, 0), (profile, 5)):
         for run in study.plan_runs(one, tmp_path, set(scores) & set(one.methods)):
             write_record(run, top1=scores[run.method][run.seed] - less)
-    table = study.ablation(profile, tmp_path)[1].query("weights == 'moving average'").set_index("what")
+    change, table = study.ablation(profile, tmp_path)
+    assert change == "dropout 0.2 to 0.4 of compound alone"
+    table = table.query("weights == 'moving average'").set_index("what")
     assert table["as_it_is"].to_dict() == {"compound": 61.5, "compound - baseline": 10.5}
     assert table["changed"].to_dict() == {"compound": 56.5, "compound - baseline": 5.5}
     alone, lead = (table.loc[what, ["difference", "low", "high"]].tolist() for what in table.index)

@@ -657,8 +657,10 @@ def test_missing_data_says_where_it_was_sought_and_how_to_fetch_it(name, tmp_pat
 
 def test_the_archives_are_those_that_torchvision_knows():
     datasets = torchvision.datasets
-    assert effnet_data.ARCHIVES["cifar100"].md5 == "eb9058c3a382ffc7106e4002c42a8d85"
-    assert effnet_data.ARCHIVES["cifar10"].file == "cifar-10-python.tar.gz"
+    for name, theirs in (("cifar10", datasets.CIFAR10), ("cifar100", datasets.CIFAR100)):
+        ours = effnet_data.ARCHIVES[name]
+        assert (ours.url, ours.md5, ours.folder) == (theirs.url, theirs.tgz_md5, theirs.base_folder)
+        assert ours.file == theirs.filename
     food = effnet_data.ARCHIVES["food101"]
     assert (food.url.partition(":")[2], food.md5) == (datasets.Food101._URL.partition(":")[2], datasets.Food101._MD5)
 

@@ -17,7 +17,7 @@ pytest.importorskip("altair")
 pytest.importorskip("pypandoc")
 pytest.importorskip("vl_convert")
 from evidence import find_studies, outcome
-from page import build_page, spread
+from page import build_page, figure8, spread
 
 OTHERS = {"report.pdf", "../poster/poster.pdf", "../README.md"}  # what else `make report` and the repository bring
 # The path of a file or folder on some computer, whatever its first folder is called; not the path of an address
@@ -103,6 +103,15 @@ def test_pages_are_accessible(site):
         assert page.find("a", class_="skip")["href"] == "#main"
     for table in parse(site / "index.html").find_all("table"):
         assert table.caption and all(head.get("scope") for head in table.find_all("th"))
+
+
+def test_figure_8_joins_what_is_scaled_the_same_way():
+    flops = {"baseline": 1e6, "depth_x2": 2e6, "depth_x8": 8e6, "compound": 4e6}
+    dots = [{"method": m, "label": m, "flops": f, "x": f / 1e6, "top1": 50 + f / 1e6} for m, f in flops.items()]
+    spec = figure8(pd.DataFrame(dots), [], "FLOPs", "top-1", "made up")
+    rows = [row for rows in spec["datasets"].values() for row in rows if "x0" in row]
+    steps = {row["method"]: (row["x0"], row["y0"], row["x"], row["mean"]) for row in rows}
+    assert steps == {"depth_x2": (1, 51, 2, 52), "depth_x8": (2, 52, 8, 58), "compound": (1, 51, 4, 54)}
 
 
 def test_table_7_and_charts_say_what_the_tables_say(site):

@@ -516,7 +516,8 @@ def test_a_full_disk_in_one_of_several_processes_is_no_failure_of_the_run(profil
         ({"test": {"top1": "good"}}, r"run\.test "),
         ({"seconds": -1.0}, r"run\.seconds must be bigger than 0, got -1\.0"),
         ({"seed": None}, r"run\.seed must be integer, got None"),
-        ({"status": "diverged"}, r"run must contain \['diverged'\] properties"),
+        ({"status": "diverged"}, r"run must contain \['diverged'\] properties\)"),
+        ({"minival": {}}, r"run\.minival must contain \['top1'\] properties\)"),
     ],
 )
 def test_a_record_of_another_shape_is_named(change, message, profile_file, tmp_path):

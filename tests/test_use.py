@@ -5,6 +5,7 @@ import hashlib
 import json
 import pickle
 import tarfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -111,6 +112,7 @@ def test_an_export_that_differs_is_not_kept(trained, tmp_path, monkeypatch):
         (["train", "quick", "dept"], "Did you mean 'depth'?"),
         (["train", "quick"], "train: expected PROFILE METHOD, or --model NAME --dataset NAME"),
         (["train", "quick", "depth", "lr=0.1"], "depth is a method of the study, whose recipe is its profile's"),
+        (["train", "quick", "depth_x0.5"], "unknown method or model 'depth_x0.5'. Did you mean 'depth_x8'?"),
         (["train", "quick", "b0", "--model", "b1"], "say the same; give one of them"),
         (["train", "quick", "b0", "lrr=0.1"], "unknown training setting 'lrr'. Did you mean 'lr'?"),
         (
@@ -227,7 +229,8 @@ def test_pretrained_weights_are_checked_on_imagenet_as_torchvision_does(publishe
             with torch.no_grad():
                 logits = published_b0(transform(Image.open(file))[None])[0]
             right.append((number in logits.topk(1).indices, number in logits.topk(5).indices))
-    monkeypatch.setattr(effnet_use, "ImageFolder", lambda *a: torchvision.datasets.ImageFolder(*a, allow_empty=True))
+    folder = partial(torchvision.datasets.ImageFolder, allow_empty=True)
+    monkeypatch.setattr("torchvision.datasets.ImageFolder", folder)
     scores = effnet_use.check_on_imagenet("b0", tmp_path, workers=0)
     assert [scores["top1"], scores["top5"]] == pytest.approx((100 * np.mean(right, 0)).tolist())
     assert scores["images"] == 6 and scores["published_top1"] == 77.692
