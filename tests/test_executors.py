@@ -52,10 +52,10 @@ def wait_for_checkpoint(run, process=None) -> int:
 def test_a_worker_of_ray_is_killed_and_the_study_completes_with_the_same_results(profile_file, tmp_path, request):
     """Two workers; one is killed in the middle of its run, the other's notebook fails, which is no reason to retry."""
     pytest.importorskip("ray")
-    path = profile_file(**LONG | {"methods": ["baseline", "width"]})
+    path = profile_file(**LONG | {"methods": ["baseline", "resolution"]})
     run, other = study.plan_runs(study.load_profile(path), tmp_path / "ray")
     (other.directory / "weights.safetensors").mkdir(parents=True)  # in the way of a file
-    words = ["--executor", "ray", "--device", "cpu"]
+    words = ["--executor", "ray", "--device", "cpu", "--no-analysis"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command(path, tmp_path / "ray", *words), cwd=study.ROOT, **pipes)
     request.addfinalizer(process.kill)
@@ -68,8 +68,7 @@ def test_a_worker_of_ray_is_killed_and_the_study_completes_with_the_same_results
     assert "  continues " in said + errors
     assert (said + errors).count("02_single_axis_scaling failed") == 1
     assert kill.end_of(run.directory) == alone(path, tmp_path / "alone")
-    assert run.executed.exists() and (run.folder / "notebooks" / "05_analysis.ipynb").exists()
-    assert not list(run.folder.glob(".stop*"))
+    assert run.executed.exists() and not list(run.folder.glob(".stop*"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -265,7 +265,7 @@ def test_an_interrupted_study_continues(profile_file, tmp_path):
     """Two notebooks side by side, stopped in the middle of their first epoch: both have a checkpoint then."""
     train = {"epochs": 1, "batch_size": 4, "optimizer": "sgd", "lr": 0.02, "save_seconds": 1000.0}
     data = {"name": "digits", "size": 16, "train_per_class": 40}
-    path = profile_file(methods=["width", "resolution"], base_resolution=8, data=data, train=train)
+    path = profile_file(methods=["baseline", "resolution"], base_resolution=8, data=data, train=train)
     command = [sys.executable, "-m", "effnet_study", "study", str(path), "--results", str(tmp_path), "--no-analysis"]
     runs = study.plan_runs(study.load_profile(path), tmp_path)
     process = subprocess.Popen([*command, "--jobs", "2"], cwd=study.ROOT, stderr=subprocess.PIPE, text=True)
