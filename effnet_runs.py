@@ -89,7 +89,7 @@ DIVERGED = "run.diverged.json"  # the record of a run that diverged and was run 
 PURPOSES = {
     "check": "pipeline check, not evidence",
     "exploratory": "exploratory: fewer seeds, data or epochs than a claim needs",
-    "evidence": "evidence, by the rules fixed before the runs",
+    "evidence": "evidence, by the rules of the protocol",
 }
 
 

@@ -17,7 +17,7 @@ import effnet_study as study
 NOT_KEPT = ("quick",)  # profiles whose results are not committed: left out unless asked for
 ENOUGH = 5  # seeds that a claim needs, by the protocol
 CLAIM = "compound scaling beats each single axis "  # how the claims begin that are about the outcome; then at what cost
-COSTS = ("at equal FLOPs", "at the published coefficients")  # the first one that a study has decides, then any other
+COSTS = ("at matched FLOPs", "at the published coefficients")  # the first one that a study has decides, then any other
 DECIDED = {  # verdict: how the headline begins, and the title's prefix as in ReScience C
     "reproduced": ("Compound scaling wins", "[Re]"),
     "not reproduced": ("Compound scaling does not win", "[¬Re]"),
@@ -195,7 +195,7 @@ def _decides(one: Study) -> bool:
 
 
 def _headline(one: Study) -> str:
-    """Compound scaling wins on Images at equal FLOPs: it is 3.0 points above depth, 2.0 above width and ..."""
+    """Compound scaling wins on Images at matched FLOPs: it is 3.0 points above depth, 2.0 above width and ..."""
     lead = DECIDED[one.verdict["claims"][one.claim]][0] if _decides(one) else "Undecided"
     parts = []
     for row in one.differences.itertuples():

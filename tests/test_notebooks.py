@@ -136,7 +136,7 @@ def test_the_analysis_writes_tables_figures_verdict_and_a_page(executed):
 
 
 def test_the_analysis_decides_by_the_rule_from_three_seeds(profile_file, tmp_path):
-    """On made-up scores: compound ahead at the published coefficients, equal to width at equal FLOPs."""
+    """On made-up scores: compound ahead at the published coefficients, equal to width at matched FLOPs."""
     top1 = {"baseline": 70, "depth": 74, "width": 74.5, "resolution": 73.5, "compound": 77}
     top1 |= {"depth_matched": 74.5, "width_matched": 77, "resolution_matched": 74}
     top1 |= {"depth_x2": 72, "width_x2": 72.5, "resolution_x2": 71, "compound_x2": 73}

@@ -186,13 +186,13 @@ def test_title_and_headline_follow_from_the_verdict(tmp_path, verdicts, purpose,
     assert found["headline"].startswith(lead) and found["headline"].endswith(SIDES)
 
 
-def test_equal_flops_decide_before_published_coefficients_and_those_before_other_budgets(tmp_path):
+def test_matched_flops_decide_before_published_coefficients_and_those_before_other_budgets(tmp_path):
     one = made_study(tmp_path / "images", ["reproduced"] * 3)
     at = "compound scaling beats each single axis at {}".format
-    costs = ["the published coefficients", "equal FLOPs", "about 2 times the baseline's FLOPs"]
+    costs = ["the published coefficients", "matched FLOPs", "about 2 times the baseline's FLOPs"]
     costs += ["about 8 times the baseline's FLOPs"]
-    for removed, expected in ((0, 1), (1, 0), (2, 3)):  # so many of: equal FLOPs, published coefficients
-        left = [cost for cost in costs if cost not in ("equal FLOPs", "the published coefficients")[:removed]]
+    for removed, expected in ((0, 1), (1, 0), (2, 3)):  # so many of: matched FLOPs, published coefficients
+        left = [cost for cost in costs if cost not in ("matched FLOPs", "the published coefficients")[:removed]]
         claims = dict.fromkeys(map(at, left), "reproduced")
         (one.folder / "tables" / "verdict.json").write_text(json.dumps({"claims": claims}))
         assert dataclasses.replace(one).claim == at(costs[expected])
