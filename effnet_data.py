@@ -140,6 +140,7 @@ class ImageData:
                 for some, of in zip(images.split(512), rows.split(512), strict=True)
             ]
             images = parts[0] if len(parts) == 1 else torch.cat(parts)
+            del parts  # else they lie there while the step is taken
             draws = {name: values[part] for name, values in draws.items()}
             if mixed:
                 if len(rows) > len(part):
@@ -157,7 +158,7 @@ class ImageData:
 
     def _read(self, batches: Iterable[Tensor], threads: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
         """Stored images and labels of each of `batches` (indices), on the device. Streamed ones are read by threads,
-        some batches ahead, into pinned memory, from which the device fetches them while it computes."""
+        some batches ahead, into pinned memory, from which they are copied without the host waiting for it."""
         if not self.streamed:
             yield from ((self.images[index], self.labels[index]) for index in batches)
             return

@@ -12,7 +12,6 @@ Units: top-1 and top-5 are percentages, resolutions pixels of a square image, sh
 import builtins
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import io
 import json
@@ -90,12 +89,18 @@ from effnet_records import (  # noqa: F401 - some of them only passed on
     WEIGHTS,
     Held,
     Mismatch,
+    can_compile,
+    choose_device,
     device_name,
     environment,
     event_writer,
     git_state,
+    gpu_count,
     hold,
     holder_of,
+    keep_freed_memory,
+    machine_gave_way,
+    out_of_memory,
     peak_memory,
     read_checkpoint,
     read_record,
@@ -139,7 +144,7 @@ class TrainConfig:
         0.0  # of the whole gradient; 0 is off. Norms grow with depth, so a limit slows deep networks most
     )
     ema_decay: float = 0.9999  # reached after a warm-up, min(decay, (1 + n) / (10 + n)) at step n
-    precision: str = "auto"  # auto: bf16 on a GPU that has it, else fp16, fp32 on a CPU
+    precision: str = "auto"  # auto: bf16 on a GPU that has it, else fp16, fp32 on a CPU (a GPU's convolutions: TF32)
     crop_area: float = 0.25  # random resized crop: least area drawn, before sides are cut to the image's; 1 is off
     flip: bool = True  # random horizontal flip; not for digits
     translate: float = 0.0  # by up to this share of a side, mirrored at the edges; CIFAR's 4 of 32 pixels are 0.125
@@ -311,34 +316,6 @@ def _autocast(precision: str, device: torch.device) -> torch.autocast:
 # ---- 2. Training ---------------------------------------------------------------------------------------------------
 
 
-def gpu_count(device: str | torch.device | None = None) -> int:
-    """How many GPUs there are to train on; none if `device` is the CPU, or the driver is too old for torch."""
-    return 0 if str(device) == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
-
-
-def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """`device`, or a GPU if there is one. ValueError if a GPU is asked for and torch finds none."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {str(device)!r} was asked for, but torch finds no CUDA GPU; use 'cpu'")
-    return device
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what this process frees for its next step, where by default it hands large blocks back to the
-    system and fetches them again at a page fault each 4 KiB. Does nothing where there is no glibc."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        for threshold in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, to their greatest value
-            ctypes.CDLL(None).mallopt(threshold, 2**31 - 1)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """A GPU has an exception of its own, a CPU only the wording of torch's allocator and of oneDNN, whose words
-    may mean something else: then even one image does not fit, and the error is raised after all."""
-    words = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -371,9 +348,9 @@ def evaluate(
             answers.append((labels, ranked[:, 0], logits.softmax(1).amax(1)))
             between()
     except RuntimeError as error:
-        if not _out_of_memory(error) or batch_size == 1:
+        if not out_of_memory(error) or batch_size == 1:
             raise
-        answers = None
+        answers = images = labels = logits = ranked = None
     finally:
         model.train(was_training)
     if answers is None:  # outside the handler, whose traceback would keep the failed batch alive
@@ -405,7 +382,7 @@ class Trainer:
             torch.backends.cudnn.benchmark = not config.deterministic  # all batches have one shape
             if config.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-                torch.use_deterministic_algorithms(True)
+            torch.use_deterministic_algorithms(config.deterministic)
         else:
             keep_freed_memory()
         model = model.to(device, memory_format=torch.channels_last)
@@ -417,10 +394,14 @@ class Trainer:
         self.averaged = ema_pairs(self.ema, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(config.precision, device) == torch.float16)
         self.optimizer = make_optimizer(model, config, fused=not self.scaler.is_enabled())
-        if config.compile == "always" or (config.compile == "auto" and device.type == "cuda"):
+        self.compiled = config.compile == "always" or (
+            config.compile == "auto" and device.type == "cuda" and can_compile()
+        )
+        if self.compiled:
             compile_blocks(model)
         self.shared = nn.parallel.DistributedDataParallel(model) if several else model
         self.bad_step = torch.full((), -1, device=device)  # the first with a loss or gradient that is not finite
+        self.fits = False  # whether a step has gone through
         self.model.train()
 
     def step(self, images: Tensor, labels: Tensor, epoch: int, step: int, steps: int) -> Tensor:
@@ -454,11 +435,15 @@ class Trainer:
 
         One of several processes cannot repeat a step alone: there the error is raised, with the micro-batch halved.
         """
+        # The failed attempt may have moved batch norm's statistics. Memory runs out at the first step, if it does
+        before = [] if self.fits else [buffer.clone() for buffer in self.model.buffers()]
         while True:
             try:
-                return self._micro_batches(images, labels, epoch, step)
+                loss = self._micro_batches(images, labels, epoch, step)
+                self.fits = True
+                return loss
             except RuntimeError as error:
-                if not _out_of_memory(error) or self.micro_batch == 1:
+                if not out_of_memory(error) or self.micro_batch == 1:
                     raise
                 self.micro_batch = math.ceil(self.micro_batch / 2)
                 print(f"out of memory: going on with micro-batches of {self.micro_batch}", flush=True)
@@ -466,6 +451,8 @@ class Trainer:
                     raise
             # Outside the handler, whose traceback would keep the failed attempt's tensors alive
             self.model.zero_grad(set_to_none=True)
+            for buffer, value in zip(self.model.buffers(), before, strict=False):
+                buffer.copy_(value)
             torch.cuda.empty_cache()
 
     def _micro_batches(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> Tensor:
@@ -591,8 +578,8 @@ def train(
     starting all of them again goes on after the last checkpoint with half the micro-batch.
 
     Raises ValueError if run_dir holds a run of another config, model or data, or a batch exceeds the training
-    set; Held (a RuntimeError) if another process holds run_dir; OSError if a file cannot be read or written, which
-    leaves the run to be continued. Any other error ends it with status "failed".
+    set; Held (a RuntimeError) if another process holds run_dir; OSError if a file cannot be read or written, or Killed
+    (a RuntimeError) if a GPU gives way: both leave the run to be continued. Any other error ends it as "failed".
     """
     run_dir, about = Path(run_dir), dict(about or {})
     device = choose_device(device)
@@ -632,9 +619,11 @@ def train(
 
                 place = (run_dir, device, label, checkpoint, identity, stop)
                 record = head | _train(model, data, config, *place, each_row)
-        except OSError:  # a full disk, a folder that is gone: the machine's failure, not the run's
+        except (OSError, Mismatch):  # a full disk, a folder that is gone, another kind of device: not the run's failure
             raise
         except Exception as error:
+            if machine_gave_way(error):
+                raise Killed(f"{type(error).__name__}: {error}; run again to go on") from error
             if not several:  # else it may be the echo of another process's error: for the launcher to judge
                 write_record(run_dir, head | {"error": f"{type(error).__name__}: {error}"})
             raise
@@ -664,7 +653,8 @@ def _join(device: torch.device) -> tuple[torch.device, bool, bool]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while the first scores, longer than NCCL's ten minutes if need be
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     if device.type == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:  # processes with more threads than cores stand in each other's way
             torch.set_num_threads(max(1, torch.get_num_threads() // dist.get_world_size()))
@@ -700,11 +690,12 @@ def launch(processes: int, work: Callable, arguments: tuple, run_dir: Path) -> s
             rank, failure = error.get_first_failure()
             said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
             name = said.partition(":")[0]
-            kind = {"Held": Held, "Mismatch": Mismatch}.get(name) or getattr(builtins, name, Exception)
+            kinds = {"Held": Held, "Mismatch": Mismatch, "Killed": Killed}
+            kind = kinds.get(name) or getattr(builtins, name, Exception)
             said = f"process {rank} of {processes}: {said}"
             if failure.exitcode < 0:
                 raise Killed(f"{said}; run again to go on") from None
-            if issubclass(kind, OSError | Held | Mismatch):
+            if issubclass(kind, OSError | Held | Mismatch | Killed):
                 raise kind(said) from None
             return said
 
@@ -714,7 +705,13 @@ def _train(model, data, config, run_dir, device, label, checkpoint, identity, st
     trainer, data = Trainer(model, config, device), data.to(device)
     progress = {"history": [], "step": 0, "loss": 0.0, "seconds": 0.0}  # the last three: of the epoch that is under way
     progress |= {"started": datetime.now(UTC).isoformat(timespec="seconds"), "micro_batch": trainer.micro_batch}
+    progress["dtype"] = str(amp_dtype(config.precision, device)).removeprefix("torch.")
     if checkpoint is not None:
+        if (begun := checkpoint["progress"].get("dtype", progress["dtype"])) != progress["dtype"]:
+            raise Mismatch(
+                f"{run_dir} was begun in {begun} and would go on in {progress['dtype']} here; go on where it was "
+                "begun, or delete it to run anew"
+            )
         trainer.load_state_dict(checkpoint)
         progress |= checkpoint["progress"]
         trainer.micro_batch = min(trainer.micro_batch, progress["micro_batch"])
@@ -771,7 +768,7 @@ def _train(model, data, config, run_dir, device, label, checkpoint, identity, st
             try:
                 loss += trainer.step(images, labels, epoch, step - 1, steps)
             except RuntimeError as error:
-                if trainer.world > 1 and _out_of_memory(error):
+                if trainer.world > 1 and out_of_memory(error):
                     replace_file(smaller, lambda file: file.write_text(str(trainer.micro_batch)))
                 raise
             if first and time.monotonic() - said > 2:
@@ -890,6 +887,8 @@ def _closing(trainer: Trainer, progress: dict) -> dict:
         "images_per_second": float(np.median(speeds)) if speeds else None,
         "peak_memory_bytes": peak_memory(trainer.device),
         "micro_batch": trainer.micro_batch,
+        "dtype": progress["dtype"],
+        "compiled": trainer.compiled,
         "devices": trainer.world,
         "started": progress["started"],
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -474,6 +474,7 @@ class EfficientNet(nn.Module):
 def compile_blocks(model: nn.Module, **options) -> None:
     """Have torch.compile make code for stem, blocks and head, one by one: equal blocks share it, so a deeper network
     has no more to compile. Happens at the first batch; torch keeps the code on disk for other processes."""
+    torch._dynamo.reset()  # what other networks in this process have compiled counts against the limit
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # kinds of blocks, not 8
     blocks = [module for module in model.modules() if isinstance(module, MBConv)]
     within = {module for block in blocks for module in block.modules()}

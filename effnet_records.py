@@ -4,6 +4,7 @@ Nothing here knows of networks or of training. effnet_lib and effnet_study pass 
 """
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import importlib.metadata
@@ -14,7 +15,9 @@ import platform
 import re
 import reprlib
 import resource
+import shutil
 import subprocess
+import sysconfig
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -274,6 +277,50 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 # ---- What a machine says of itself
+
+
+def gpu_count(device: str | torch.device | None = None) -> int:
+    """How many GPUs there are to train on; none if `device` is the CPU, or the driver is too old for torch."""
+    return 0 if str(device) == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """`device`, or a GPU if there is one. ValueError if a GPU is asked for and torch finds none."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {str(device)!r} was asked for, but torch finds no CUDA GPU; use 'cpu'")
+    return device
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what this process frees for its next step, where by default it hands large blocks back to the
+    system and fetches them again at a page fault each 4 KiB. Does nothing where there is no glibc."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        for threshold in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, to their greatest value
+            ctypes.CDLL(None).mallopt(threshold, 2**31 - 1)
+
+
+def can_compile() -> bool:
+    """Whether torch.compile can make code for a GPU: Triton wants a C compiler and Python's headers. Says so if not."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler and (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return True
+    print("not compiled, and so slower: torch.compile needs a C compiler and Python's headers (gcc, python3-dev)")
+    return False
+
+
+def out_of_memory(error: Exception) -> bool:
+    """A GPU's allocator has an exception of its own; its libraries, torch's allocator on a CPU and oneDNN only words,
+    which may mean something else: then even one image does not fit, and the error is raised after all."""
+    words = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
+    words += ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def machine_gave_way(error: Exception) -> bool:
+    """Whether a GPU, its libraries or the link between processes failed. Another process may go on, this one cannot."""
+    words = ("CUDA error", "CUDNN_STATUS", "CUBLAS_STATUS", "NCCL")
+    return isinstance(error, torch.AcceleratorError) or any(word in str(error) for word in words)
 
 
 def device_name(device: torch.device) -> str:

@@ -495,9 +495,11 @@ class Run:
         return f"run again with: {self.command('study')} --retry"
 
     def set_aside(self) -> None:
-        """Make room for another attempt; the record of the last stays as run.earlier.json."""
+        """Make room for another attempt, which goes on from the last checkpoint, or anew if the run diverged; the last
+        one's record stays as run.earlier.json."""
+        diverged = read_record(self.directory)["status"] == "diverged"
         (self.directory / "run.json").replace(self.directory / "run.earlier.json")
-        for checkpoint in CHECKPOINTS:
+        for checkpoint in CHECKPOINTS if diverged else ():
             (self.directory / checkpoint).unlink(missing_ok=True)
 
     def _processes(self, device: str | None) -> int:

@@ -21,9 +21,11 @@ from effnet_data import load_data
 from effnet_lib import (
     TABLE7,
     EfficientNet,
+    Killed,
     RMSpropTF,
     TrainConfig,
     Trainer,
+    can_compile,
     ema_pairs,
     evaluate,
     learning_rate,
@@ -317,6 +319,58 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(tmp_path, digi
     record = train(Limited(), digits, recipe(), tmp_path)
     assert record["status"] == "finished" and record["micro_batch"] == 6 and record["config"]["batch_size"] == 24
     assert "out of memory" in capsys.readouterr().out
+    assert record["dtype"] == "float32" and record["compiled"] is False
+
+
+def test_an_attempt_that_ran_out_of_memory_leaves_no_trace_in_batch_norm(tiny_model, recipe):
+    class Full(nn.Linear):
+        def forward(self, x):
+            if len(x) > 12:
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+            return super().forward(x)
+
+    x, y, ends = torch.randn(24, 3, 16, 16), torch.arange(24) % 10, []
+    for accumulation in (1, 2):  # the first has to find out
+        model = tiny_model()
+        full = Full(model.classifier.in_features, 10)
+        full.load_state_dict(model.classifier.state_dict())
+        model.classifier = full
+        trainer = Trainer(model, recipe(accumulation=accumulation), torch.device("cpu"))
+        trainer.backward(x, y)
+        assert trainer.micro_batch == 12
+        ends.append([*model.buffers(), *(p.grad for p in model.parameters())])
+    assert all(map(torch.equal, *ends))
+
+
+def test_a_machine_that_gives_way_leaves_the_run_to_be_continued(tmp_path, digits, tiny_model, recipe):
+    def give_way(images):
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    config = recipe(save_steps=1)
+    with pytest.raises(Killed, match="ECC error.*run again to go on"):
+        train(tiny_model(), Disturbed(digits, give_way), config, tmp_path)
+    assert read_record(tmp_path) is None and (tmp_path / "checkpoint.pt").exists()
+    assert train(tiny_model(), digits, config, tmp_path)["status"] == "finished"
+
+
+def test_a_run_goes_on_only_in_the_precision_it_was_begun_in(tmp_path, digits, tiny_model, recipe, monkeypatch):
+    def leave(images):
+        raise OSError("the power is gone")
+
+    with pytest.raises(OSError):
+        train(tiny_model(), Disturbed(digits, leave), recipe(), tmp_path)
+    with monkeypatch.context() as other_machine:
+        other_machine.setattr("effnet_lib.amp_dtype", lambda precision, device: torch.bfloat16)
+        with pytest.raises(ValueError, match="was begun in float32 and would go on in bfloat16 here"):
+            train(tiny_model(), digits, recipe(), tmp_path)
+    assert read_record(tmp_path) is None
+    assert train(tiny_model(), digits, recipe(), tmp_path)["status"] == "finished"
+
+
+def test_without_a_c_compiler_that_is_said_and_nothing_is_compiled(monkeypatch, capsys):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert can_compile() is False and "gcc, python3-dev" in capsys.readouterr().out
 
 
 def run_python(*words, status=0):
