@@ -488,7 +488,8 @@ def print_plan(table: pd.DataFrame, jobs: int) -> None:
 def ablation(profile: Profile, results: str | Path | None = None) -> tuple[str, pd.DataFrame]:
     """The change that an ablation makes to the recipe of the profile it is one of, in words; and what that does to test
     top-1 over seeds: a row per method, and a row for the lead of each over the baseline, with the means as it is and
-    changed, and their difference with Welch's 95 % interval. First all of them by the moving average, which is what a
+    changed, their difference with Welch's 95 % interval, and the mean of all seeds as it is, from which a few seeds may
+    be far. First all of them by the moving average, which is what a
     study scores, then by the weights of the last step. An ablation without the baseline treats only its own methods
     otherwise: the baseline of their lead stays as it is, and the words say so. Only seeds are compared that have
     finished in both, and not with a lower learning rate after they had diverged.
@@ -520,6 +521,7 @@ def ablation(profile: Profile, results: str | Path | None = None) -> tuple[str, 
             }
             for name, way in (("as_it_is", -1), ("changed", 1)):
                 row[name] = sum(sign * scores[way, m].mean() for m, sign in signs.items())
+            row["all_seeds_as_it_is"] = sum(sign * np.mean([*before[m].values()]) for m, sign in signs.items())
             terms = [(way * signs[m], values) for (way, m), values in scores.items() if m in profile.methods]
             rows.append(row | dict(zip(("difference", "low", "high"), contrast_interval(terms), strict=True)))
     return change, pd.DataFrame(rows)

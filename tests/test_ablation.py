@@ -105,6 +105,7 @@ def test_only_seeds_that_have_finished_in_both_are_compared(changed, tmp_path):
     write_record(first, top1=50.0)  # no change at all, whatever the parent's other seed
     write_record(other, top1=50.0)
     _, table = study.ablation(profile, tmp_path)
+    assert table["all_seeds_as_it_is"].tolist()[:3] == [60.0, 60.0, 0.0]  # the parent's other seed counts here
     assert (table["difference"] == 0)[:3].all() and (table["n"] == 1).all() and table["low"].isna().all()
     write_record(second, top1=90.0, retried={"epoch": 1, "step": 1, "lr": 0.1})
     assert (study.ablation(profile, tmp_path)[1]["n"] == 1).all()
