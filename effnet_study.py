@@ -489,10 +489,10 @@ def ablation(profile: Profile, results: str | Path | None = None) -> tuple[str, 
     """The change that an ablation makes to the recipe of the profile it is one of, in words; and what that does to test
     top-1 over seeds: a row per method, and a row for the lead of each over the baseline, with the means as it is and
     changed, their difference with Welch's 95 % interval, and the mean of all seeds as it is, from which a few seeds may
-    be far. First all of them by the moving average, which is what a
-    study scores, then by the weights of the last step. An ablation without the baseline treats only its own methods
-    otherwise: the baseline of their lead stays as it is, and the words say so. Only seeds are compared that have
-    finished in both, and not with a lower learning rate after they had diverged.
+    be far. First all of them by the moving average, which is what a study scores, then by the weights of the last step.
+    An ablation without the baseline treats only its own methods otherwise: the baseline of their lead stays as it is,
+    and the words say so. Only seeds are compared that have finished in both, and not with a lower learning rate after
+    they had diverged.
     """
     whole = load_profile(profile.ablation_of)
     then, now = (recipe(dataclasses.asdict(TrainConfig.from_dict(p.train))) for p in (whole, profile))

@@ -243,7 +243,7 @@ def test_an_ablation_is_set_beside_its_study_in_page_and_report(executed):
     assert "Verdict" not in page and "ablation" not in (folder / "README.md").read_text()
     studies = find_studies([folder.parents[1] / "small.yaml", path], results)
     report, _ = compile_typst(study.ROOT / "report" / "report.typ", gather(studies, results), results)
-    text = " ".join(page.extract_text() for page in PdfReader(io.BytesIO(report)).pages)
+    text = " ".join(" ".join(page.extract_text() for page in PdfReader(io.BytesIO(report)).pages).split())
     assert "lr 0.05 to 0.02" in text and "with the learning rate left high, nor with wrong gates" in text
     build_page(studies, gather(studies, results)["outcome"], folder.parents[1], results)
     assert (
