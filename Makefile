@@ -1,7 +1,7 @@
 # make study [PROFILE=quick]   the whole experiment      make test   lint and tests
 # make report                  figures, README tables, report/, poster/ from results/
 # make lab                     JupyterLab                make clean  remove what was made here (never results of other profiles)
-# make test-browser            the notebooks in JupyterLab in a real browser, if Chromium is here; minutes
+# make test-slow               whole notebooks, kills, several processes; in a real browser too, if Chromium is here
 PROFILE ?= quick
 PYTHON ?= python3
 export PYTHONUNBUFFERED = 1
@@ -14,13 +14,14 @@ study: .venv/ready
 test: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	.venv/bin/pytest -n 2 --dist loadgroup
 
-test-browser: .venv/ready
+test-slow: .venv/ready
+	.venv/bin/pytest -n 2 --dist loadgroup -m slow
 	.venv/bin/pytest -m browser -rs tests/test_browser.py
 
 report: .venv/ready
-	.venv/bin/python report/compose.py
+	.venv/bin/python -m effnet_study.documents.compose
 
 lab: .venv/ready
 	.venv/bin/jupyter lab $(AS_ROOT) --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_architecture.ipynb
@@ -39,6 +40,7 @@ lab: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv results/quick *.egg-info build .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf .venv results/quick *.egg-info build .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: study test test-browser report lab clean
+.PHONY: study test test-slow report lab clean

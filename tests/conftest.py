@@ -16,11 +16,12 @@ import torch
 import yaml
 from PIL import Image
 
-import effnet_data
 import effnet_lib
-from effnet_data import load_data
+from effnet_study.data import sources
+from effnet_study.data.load import load_data
 
 matplotlib.use("Agg")
+pytest.register_assert_rewrite("documents")  # shared fixtures with assertions
 if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, and so are the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # else as asked, where other work goes on
@@ -33,8 +34,39 @@ SMALL_PROFILE = {
     "stem_stride": 2,
     "methods": ["baseline", "depth", "width", "resolution", "compound"],
     "seeds": [0],
-    "train": {"epochs": 1, "batch_size": 20, "optimizer": "sgd", "lr": 0.05, "norm_momentum": 0.1},
+    "train": {  # each at another value than the default, so that a lost one is noticed
+        "epochs": 1,
+        "batch_size": 20,
+        "optimizer": "sgd",
+        "lr": 0.05,
+        "momentum": 0.85,
+        "weight_decay": 1.0e-4,
+        "schedule": "linear",
+        "final_lr_fraction": 0.01,
+        "warmup_fraction": 0.1,
+        "label_smoothing": 0.05,
+        "dropout": 0.1,
+        "drop_path": 0.1,
+        "zero_init_residual": True,
+        "norm_momentum": 0.1,
+        "clip_norm": 5.0,
+        "ema_decay": 0.9,
+        "crop_area": 0.8,
+        "flip": False,
+        "translate": 0.1,
+        "erasing": 0.1,
+        "mixup": 0.1,
+        "cutmix": 0.1,
+    },
 }
+
+
+def pytest_collection_modifyitems(items):
+    """Let one worker run all tests that share a fixture which takes long to make."""
+    for item in items:
+        for shared in ("executed", "benched", "rebuilt", "trained", "base_end", "lab", "undisturbed"):
+            if shared in item.fixturenames:
+                item.add_marker(pytest.mark.xdist_group(shared))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +84,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def digits():
-    return load_data("digits", size=16, train_per_class=12)
+    return load_data("digits", size=16, train_per_class=24)
 
 
 @pytest.fixture
@@ -61,18 +93,19 @@ def tiny_model():
 
     def build(seed: int = 0, num_classes: int = 10, **options) -> effnet_lib.EfficientNet:
         torch.manual_seed(seed)
-        scaling = effnet_lib.Scaling(depth=0.3, width=0.25)
-        return effnet_lib.EfficientNet(scaling, num_classes, stem_stride=1, **options)
+        scaling, start = effnet_lib.Scaling(depth=0.3, width=0.25), {"zero_init_residual": True, "norm_momentum": 0.1}
+        return effnet_lib.EfficientNet(scaling, num_classes, stem_stride=1, **start | options)
 
     return build
 
 
 @pytest.fixture
 def recipe():
-    """A function that makes a TrainConfig of a few quick steps."""
+    """A function that makes a TrainConfig of a few quick steps, in which the tiny network learns the digits."""
 
     def make(**changes) -> effnet_lib.TrainConfig:
-        values = {"resolution": 16, "epochs": 3, "batch_size": 24, "lr": 0.01, "norm_momentum": 0.1, "ema_decay": 0.9}
+        values = {"resolution": 16, "epochs": 3, "batch_size": 12, "optimizer": "sgd", "lr": 0.05, "ema_decay": 0.9}
+        values |= {"norm_momentum": 0.1, "zero_init_residual": True, "crop_area": 0.8, "flip": False}
         return effnet_lib.TrainConfig(**values | changes)
 
     return make
@@ -116,14 +149,13 @@ def published(tmp_path, monkeypatch):
     def publish(name, archive):
         handler = partial(SimpleHTTPRequestHandler, directory=archive.parent)
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         servers.append(server)
-        url, md5 = (
-            f"http://127.0.0.1:{server.server_port}/{archive.name}",
-            hashlib.md5(archive.read_bytes()).hexdigest(),
-        )
-        expected = dataclasses.replace(effnet_data.ARCHIVES[name], url=url, md5=md5)
-        monkeypatch.setitem(effnet_data.ARCHIVES, name, expected)
+        url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
+        md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+        known = sources.DATA_SETS[name]
+        archive = dataclasses.replace(known.archive, url=url, md5=md5)
+        monkeypatch.setitem(sources.DATA_SETS, name, dataclasses.replace(known, archive=archive))
 
     yield publish
     for server in servers:
@@ -132,9 +164,9 @@ def published(tmp_path, monkeypatch):
 
 
 def write_record(run, top1=50.0, **changes):
-    """The record of a finished run that never took place, with some entries changed."""
-    run.directory.mkdir(parents=True, exist_ok=True)
-    record = {"schema": 1, "status": "finished", "config": run.config.__dict__, "seed": run.seed}
+    """Write the record of a finished run that never took place, of the oldest schema, with some entries changed."""
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    record = {"schema": 1, "status": "finished", "config": dict(run.config), "seed": run.seed}
     record |= {"cost": {"params": 1, "flops": 2, "activations": 3}, "minival": {"top1": 40.0}, "micro_batch": 20}
     record |= {"test": {"top1": top1, "top5": 90.0, "loss": 1.0}, "test_raw": {"top1": 45.0}}
     counts = {"train": 9, "minival": 9, "test": 1000}
@@ -142,7 +174,7 @@ def write_record(run, top1=50.0, **changes):
     record |= {"versions": {"python": "3", "torch": "2"}}
     record |= {"seconds": 9.0, "images_per_second": 7.0, "peak_memory_bytes": 5, "device": {"name": "box"}}
     record |= {"started": "2026-01-02T03:04:05+00:00", "ended": "2026-01-02T04:04:05+00:00"}
-    (run.directory / "run.json").write_text(json.dumps(record | changes))
+    (run.run_dir / "run.json").write_text(json.dumps(record | changes))
 
 
 class Disturbed:

@@ -1,49 +1,51 @@
 """A study with one thing of its recipe changed, beside the one that it changes."""
 
-import math
-
-import numpy as np
 import pytest
 from conftest import write_record
 from scipy import stats
 
 import effnet_study as study
 from effnet_lib import TrainConfig, learning_rate
+from effnet_study import protocol as protocols
+from effnet_study.analysis.recipes import ablation
+from effnet_study.analysis.summary import ablation_lines
+from effnet_study.run import plan_runs
 
 
 @pytest.fixture
 def changed(profile_file):
     """The profile `tiny` with two seeds, and an ablation of it; their paths."""
-    whole = profile_file(seeds=[0, 1], data={"name": "digits", "size": 16, "train_per_class": 4})
+    train = {"epochs": 1, "batch_size": 20, "optimizer": "sgd", "lr": 0.05, "dropout": 0.2}
+    whole = profile_file(seeds=[0, 1], data={"name": "digits", "size": 16, "train_per_class": 4}, train=train)
     path = whole.with_name("high.yaml")
-    path.write_text("title: High\nablation_of: tiny.yaml\nmethods: [baseline, compound]\ntrain: {final_lr: 0.5}\n")
+    path.write_text("title: High\nextends: tiny.yaml\nmethods: [baseline, compound]\ntrain: {final_lr_fraction: 0.5}\n")
     return whole, path
 
 
 def test_an_ablation_is_the_profile_it_changes_but_for_what_it_says(changed):
     whole, profile = map(study.load_profile, changed)
-    assert profile.train == whole.train | {"final_lr": 0.5} and profile.title == "High"
+    assert profile.train == whole.train | {"final_lr_fraction": 0.5} and profile.title == "High"
     assert profile.methods == ("baseline", "compound") and profile.name == "high"
     for name in ("purpose", "data", "base_resolution", "stem_stride", "seeds", "devices"):
         assert getattr(profile, name) == getattr(whole, name)
-    assert study.load_profile(profile.ablation_of) == whole
+    assert profile.parent == whole
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("ablation_of: tinny\nmethods: [baseline]", "unknown profile 'tinny'"),
-        ("ablation_of: high.yaml\nmethods: [baseline]", "is itself an ablation"),
-        ("ablation_of: tiny.yaml", "methods is missing"),
-        ("ablation_of: tiny.yaml\nmethods: [baseline]\ntrain: {lrr: 1.0}", "unknown .*'lrr'"),
-        ("ablation_of: tiny.yaml\nmethods: [baseline]\ntrain: 3", "train: expected dict, got 3"),
-        ("ablation_of: 3\nmethods: [baseline]", "ablation_of: expected .*, got 3"),
-        ("ablation_of: wrong.yaml\nmethods: [baseline]", "ablation_of: wrong.yaml is itself an ablation"),
+        ("extends: tinny\nmethods: [baseline]", "unknown profile 'tinny'"),
+        ("extends: high.yaml\nmethods: [baseline]", "high.yaml itself extends tiny.yaml"),
+        ("extends: tiny.yaml", "methods is missing"),
+        ("extends: tiny.yaml\nmethods: [baseline]\ntrain: {lrr: 1.0}", "unknown .*'lrr'"),
+        ("extends: tiny.yaml\nmethods: [baseline]\ntrain: 3", "train: expected a valid dictionary, got 3"),
+        ("extends: 3\nmethods: [baseline]", "extends: expected .*, got 3"),
+        ("extends: wrong.yaml\nmethods: [baseline]", "extends: wrong.yaml itself extends wrong.yaml"),
         (
-            "ablation_of: tiny.yaml\nmethods: [baseline]\nstem_stride: 1",
-            "stem_stride: an ablation has that of tiny.yaml",
+            "extends: tiny.yaml\nmethods: [baseline]\nstem_stride: 1",
+            "stem_stride: a profile that extends tiny.yaml inherits this key; it can set extends",
         ),
-        ("ablation_of: tiny.yaml\nmethods: [baseline]\npurpose: evidence", "purpose: an ablation decides no claim"),
+        ("extends: tiny.yaml\nmethods: [baseline]\npurpose: evidence", "purpose: wrong by itself decides no claim"),
     ],
 )
 def test_an_ablation_that_cannot_be_is_refused(changed, text, message):
@@ -58,11 +60,16 @@ def test_an_ablation_says_what_its_change_does_to_each_method_and_to_its_lead(ch
     as_it_is = {"baseline": (50.0, 52.0), "compound": (60.0, 63.0)}
     by_change = {"baseline": (40.0, 41.0), "compound": (55.0, 52.0)}
     for one, scores, less in ((whole, as_it_is, 0), (profile, by_change, 10)):
-        for run in study.plan_runs(one, tmp_path, scores):
+        for run in plan_runs(one, tmp_path, scores):
             top1 = scores[run.method][run.seed]
             write_record(run, top1=top1, test_raw={"top1": top1 - less})
-    change, table = study.ablation(profile, tmp_path)
-    assert change == "final_lr 0 to 0.5"
+    change, table = ablation(profile, tmp_path)
+    assert change == "final_lr_fraction 0 to 0.5"
+    lines = ablation_lines(profile, change, table)
+    assert lines[0] == "Changed in comparison with [Tiny](../tiny/README.md): final_lr_fraction 0 to 0.5."
+    assert lines[2].startswith(
+        "- baseline, moving average: 51.00 as it is, 40.50 changed: -10.50 points (95 % interval"
+    )
     assert table["what"].tolist() == 2 * ["baseline", "compound", "compound - baseline"]
     assert table["weights"].tolist() == 3 * ["moving average"] + 3 * ["last step"] and (table["n"] == 2).all()
     assert table["as_it_is"].tolist() == 2 * [51.0, 61.5, 10.5]
@@ -74,13 +81,13 @@ def test_an_ablation_says_what_its_change_does_to_each_method_and_to_its_lead(ch
 
 def test_a_baseline_that_is_not_treated_otherwise_stays_as_it_is(changed, tmp_path):
     whole, path = study.load_profile(changed[0]), changed[0].with_name("unequal.yaml")
-    path.write_text("title: Unequal\nablation_of: tiny.yaml\nmethods: [compound]\ntrain: {dropout: 0.4}\n")
+    path.write_text("title: Unequal\nextends: tiny.yaml\nmethods: [compound]\ntrain: {dropout: 0.4}\n")
     profile = study.load_profile(path)
     scores = {"baseline": (50.0, 52.0), "compound": (60.0, 63.0)}
     for one, less in ((whole, 0), (profile, 5)):
-        for run in study.plan_runs(one, tmp_path, set(scores) & set(one.methods)):
+        for run in plan_runs(one, tmp_path, set(scores) & set(one.methods)):
             write_record(run, top1=scores[run.method][run.seed] - less)
-    change, table = study.ablation(profile, tmp_path)
+    change, table = ablation(profile, tmp_path)
     assert change == "dropout 0.2 to 0.4 of compound alone"
     table = table.query("weights == 'moving average'").set_index("what")
     assert table["as_it_is"].to_dict() == {"compound": 61.5, "compound - baseline": 10.5}
@@ -89,54 +96,40 @@ def test_a_baseline_that_is_not_treated_otherwise_stays_as_it_is(changed, tmp_pa
     assert alone == lead and lead[0] == -5  # the baseline's seeds add nothing to its interval
 
 
-def test_an_ablation_of_evidence_is_exploratory(profile_file):
-    whole = profile_file(purpose="evidence", seeds=[0, 1, 2, 3, 4])
+def test_what_extends_evidence_is_exploratory(profile_file, monkeypatch):
+    monkeypatch.setattr(protocols, "protocol_text", lambda commit: "## Study `tiny`\n\n*Fixed today.*\n")
+    protocol = {"section": "tiny", "commit": "abc"}
+    whole = profile_file(purpose="evidence", seeds=[0, 1, 2, 3, 4], protocol=protocol)
     path = whole.with_name("high.yaml")
-    path.write_text("title: High\nablation_of: tiny.yaml\nmethods: [baseline]\n")
-    assert study.load_profile(path).purpose == "exploratory"
+    path.write_text("title: High\nextends: tiny.yaml\nmethods: [baseline]\n")
+    assert study.load_profile(whole).purpose == "evidence"
+    assert study.load_profile(path).purpose == "exploratory" and study.load_profile(path).protocol is None
 
 
 def test_only_seeds_that_have_finished_in_both_are_compared(changed, tmp_path):
-    """And not those that were trained again with a lower learning rate."""
     whole, profile = map(study.load_profile, changed)
-    for run in study.plan_runs(whole, tmp_path, ["baseline", "compound"]):
+    for run in plan_runs(whole, tmp_path, ["baseline", "compound"]):
         write_record(run, top1=50.0 + 20 * run.seed)
-    first, other, second, _ = study.plan_runs(profile, tmp_path)
+    first, other, *_ = plan_runs(profile, tmp_path)
     write_record(first, top1=50.0)  # no change at all, whatever the parent's other seed
     write_record(other, top1=50.0)
-    _, table = study.ablation(profile, tmp_path)
+    _, table = ablation(profile, tmp_path)
     assert table["all_seeds_as_it_is"].tolist()[:3] == [60.0, 60.0, 0.0]  # the parent's other seed counts here
     assert (table["difference"] == 0)[:3].all() and (table["n"] == 1).all() and table["low"].isna().all()
-    write_record(second, top1=90.0, retried={"epoch": 1, "step": 1, "lr": 0.1})
-    assert (study.ablation(profile, tmp_path)[1]["n"] == 1).all()
 
 
 def test_an_ablation_without_its_counterpart_compares_nothing(changed, tmp_path):
     profile = study.load_profile(changed[1])
-    assert study.ablation(profile, tmp_path)[1].empty
-    write_record(study.plan_runs(profile, tmp_path)[0])
-    assert study.ablation(profile, tmp_path)[1].empty
-
-
-def test_an_interval_of_several_groups_is_satterthwaites():
-    a, b = [1.0, 2.0, 4.0], [0.0, 5.0]
-    value, low, high = study.contrast_interval([(1, a), (-1, b)])
-    expected = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    assert value == pytest.approx(np.mean(a) - np.mean(b)) and (low, high) == pytest.approx(tuple(expected))
-    value, low, high = study.contrast_interval([(1, a)])
-    assert (value, low, high) == pytest.approx(study.t_interval(a))
-    # Two differences, the same and independent: twice the variance, twice the degrees of freedom
-    half = stats.t.ppf(0.975, 2 * 2 * 2) * math.sqrt(4 * np.var(a, ddof=1) / 3)
-    value, low, high = study.contrast_interval([(1, a), (-1, a), (-1, a), (1, a)])
-    assert (value, low, high) == pytest.approx((0, -half, half))
-    assert all(map(math.isnan, study.contrast_interval([(1, a), (-1, [3.0])])[1:]))
-    assert study.contrast_interval([(1, [2.0, 2.0]), (-1, [1.0, 1.0])]) == (1, 1, 1)
+    change, table = ablation(profile, tmp_path)
+    assert table.empty and "no seed is finished both here and in tiny" in ablation_lines(profile, change, table)[0]
+    write_record(plan_runs(profile, tmp_path)[0])
+    assert ablation(profile, tmp_path)[1].empty
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_a_learning_rate_that_is_not_annealed_ends_at_its_share_of_the_peak(schedule):
-    config = TrainConfig(lr=0.2, warmup=0.25, schedule=schedule, final_lr=0.74)
+    config = TrainConfig(lr=0.2, warmup_fraction=0.25, schedule=schedule, final_lr_fraction=0.74)
     lr = [learning_rate(config, fraction) for fraction in (0, 0.25, 0.625, 1)]
     assert lr == pytest.approx([0, 0.2, 0.2 * (0.74 + 0.26 / 2), 0.2 * 0.74])
-    with pytest.raises(ValueError, match=r"final_lr: expected a value in \[0, 1\], got 1.5"):
-        TrainConfig(final_lr=1.5)
+    with pytest.raises(ValueError, match=r"final_lr_fraction: expected a value less than or equal to 1, got 1.5"):
+        TrainConfig(final_lr_fraction=1.5)

@@ -1,4 +1,4 @@
-"""The notebooks as a reader uses them, in JupyterLab in a real, headless browser: `make test-browser`.
+"""The notebooks as a reader uses them, in JupyterLab in a real, headless browser: `make test-slow`.
 
 Copies of the notebooks lie in a foreign folder, results go to another: neither the sources nor results/ are touched.
 EFFNET_SCREENSHOTS names a folder for pictures of what was seen.
@@ -90,14 +90,14 @@ class Lab(NamedTuple):
 
 
 def put(settings: Path, name: str, values: dict) -> None:
-    """Settings of a user for one of JupyterLab's extensions."""
+    """Write a user's settings for one of JupyterLab's extensions."""
     path = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values))
 
 
 def copy(place: Path, name: str, to: str | None = None, **values) -> None:
-    """A notebook with other literals in its cell of parameters, as a reader would edit it."""
+    """Write a notebook with other values in its cell of parameters, as a reader would edit it."""
     book = nbformat.read(study.NOTEBOOKS / f"{name}.ipynb", 4)
     (cell,) = (cell for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
     for key, value in values.items():
@@ -189,7 +189,7 @@ def run_all(page) -> int:
 
 
 def finish(page, before: int = 0, seconds: float = 400) -> None:
-    """Wait until every cell of code has a new number, or one complains; none may."""
+    """Wait until every cell of code has a new number. No cell may show an error."""
     ended = f"errors => document.querySelector(errors) || {NUMBERS}.every(number => number > {before})"
     page.wait_for_function(ended, arg=ERRORS, timeout=1000 * seconds)
     assert page.locator(ERRORS).all_text_contents() == []
@@ -208,7 +208,7 @@ def save(page, path: Path) -> nbformat.NotebookNode:
 
 
 def photograph(page, path: Path) -> None:
-    """A picture of the notebook from top to bottom, on a screen as tall as it; Chromium draws 16,000 pixels at most."""
+    """Take a picture of the whole notebook, on a screen as tall as it. Chromium draws 16,000 pixels at most."""
     notebook = page.locator(".jp-WindowedPanel-outer")
     tall = notebook.evaluate("e => e.scrollHeight")
     page.set_viewport_size({"width": 1300, "height": min(tall + 120, 16_000)})
@@ -226,8 +226,8 @@ def darken(page) -> None:
 
 
 def check(page, lab: Lab, name: str, figures: int, in_widgets: int = 0) -> None:
-    """All cells ran; all pictures are there, on the screen and in the saved file (but those in widgets); by day and
-    by night all is readable."""
+    """Check that all cells ran, that all pictures are there, on the screen and in the saved file (except those in
+    widgets), and that all words are readable in the light theme and in the dark one."""
     finish(page)
     page.wait_for_function(SHOWN, arg=figures + in_widgets)
     photograph(page, lab.screenshots / f"{name}.png")
@@ -255,7 +255,7 @@ def test_the_explorer_redraws(visit, lab):
     page = visit("00_architecture")
     run_all(page)
     sliders, last = page.locator(".widget-slider .noUi-handle"), page.locator(".jp-CodeCell").last
-    check(page, lab, "00_architecture", figures=9, in_widgets=1)
+    check(page, lab, "00_architecture", figures=10, in_widgets=1)
     assert sliders.count() == 4
     before = last.locator("img").get_attribute("src")
     sliders.nth(1).press("PageUp")  # depth; a key moves a slider by steps, as the mouse would
@@ -286,7 +286,7 @@ def test_training_shows_itself_stops_and_goes_on(visit, lab):
     cell.locator(".effnet-live[data-state=stopped]").wait_for()
     said.get_by_text("Run the cell again to go on").wait_for()
     cell.screenshot(path=lab.screenshots / "stopped.png")
-    record = study.Run.plan(lab.notebooks / "slow.yaml", "baseline", 0, lab.results).directory / "run.json"
+    record = study.Run.plan(lab.notebooks / "slow.yaml", "baseline", 0, lab.results).run_dir / "run.json"
     assert not record.exists()
 
     cell.locator(".jp-InputArea-editor").click()

@@ -1,6 +1,6 @@
-"""What the environment is made from agrees with itself: pyproject.toml, requirements.txt, environment.yml, Dockerfile.
+"""The files that describe the environment agree: pyproject.toml, requirements.txt, environment.yml, Dockerfile.
 
-Offline: whether the pinned versions exist, an installation tells.
+Nothing is downloaded: only an installation shows whether the pinned versions exist.
 """
 
 import json
@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-import effnet_records
+from effnet_study.machine import git_state
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -68,8 +68,7 @@ def test_the_command_of_requirements_names_every_extra():
 
 
 def test_conda_is_given_the_same_list_and_this_project():
-    told = yaml.safe_load(read("environment.yml"))
-    *from_conda, from_pip = told["dependencies"]
+    *from_conda, from_pip = yaml.safe_load(read("environment.yml"))["dependencies"]
     [python] = [re.fullmatch(r"python=(\d+\.\d+)", line)[1] for line in from_conda if line.startswith("python")]
     assert python in PYTHONS and "pip" in from_conda  # without pip conda takes one of its own choice
     assert from_pip == {"pip": ["-r requirements.txt", "-e ."]}
@@ -95,11 +94,10 @@ def test_the_image_is_given_nothing_that_git_ignores():
     assert {line for line in read(".dockerignore").splitlines() if not line.startswith("#")} == expected | {".git"}
 
 
-def test_the_build_argument_tells_the_commit(monkeypatch, tmp_path):
-    monkeypatch.setattr(effnet_records, "__file__", str(tmp_path / "effnet_records.py"))  # no checkout
-    for given, told in [("0c56083", "0c56083"), ("", None)]:  # an image built without it has an empty one
+def test_where_there_is_no_checkout_the_build_argument_names_the_commit(monkeypatch, tmp_path):
+    for given, expected in [("0c56083", "0c56083"), ("", None)]:  # an image built without it has an empty one
         monkeypatch.setenv("EFFNET_COMMIT", given)
-        assert effnet_records.git_state() == {"commit": told, "dirty": None}
+        assert git_state(tmp_path) == {"commit": expected, "dirty": None}
 
 
 def test_the_dev_container_builds_the_dockerfile():
@@ -109,6 +107,17 @@ def test_the_dev_container_builds_the_dockerfile():
     assert (folder / build["context"]).resolve() == ROOT
 
 
-def test_every_module_is_installed():
-    listed = tomllib.loads(read("pyproject.toml"))["tool"]["setuptools"]["py-modules"]
-    assert sorted(listed) == sorted(path.stem for path in ROOT.glob("*.py"))
+def test_every_module_and_package_is_installed():
+    tools = tomllib.loads(read("pyproject.toml"))["tool"]["setuptools"]
+    assert tools["py-modules"] == [path.stem for path in ROOT.glob("*.py")] == ["effnet_lib"]
+    packages = [path.parent for path in ROOT.glob("effnet_study/**/__init__.py")]
+    found = {name for name in tools["packages"]["find"]["include"]}
+    assert packages and found == {"effnet_study*"}  # setuptools finds all packages below it
+    assert {path.parent for path in ROOT.glob("effnet_study/**/*.py")} == set(packages)
+
+
+@pytest.mark.xdist_group("kept together")
+def test_tests_that_share_a_fixture_are_kept_on_one_worker(request):
+    """pytest-xdist marks a group in the name of its tests. With some versions of pytest it cannot, and says nothing."""
+    if request.config.getoption("dist", "no") == "loadgroup" or request.config.getoption("loadgroup", False):
+        assert request.node.nodeid.endswith("@kept together")

@@ -1,5 +1,7 @@
 """Notebooks side by side, over Ray and by Slurm: what is killed, what fails, what is lacking."""
 
+import contextlib
+import json
 import os
 import re
 import signal
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from unittest.mock import Mock
 from urllib.error import URLError
 
@@ -15,12 +18,20 @@ import kill
 import psutil
 import pytest
 import torch
-from conftest import write_record
+import yaml
+from conftest import SMALL_PROFILE, write_record
 
-import effnet_execute
-import effnet_study as study
-from effnet_execute import SlurmTask
-from effnet_lib import Held, Killed, hold, holder_of
+from effnet_study.cli import main
+from effnet_study.execution import local, notebook
+from effnet_study.execution.local import RETRIES, Execution, execute, side_by_side
+from effnet_study.execution.notebook import KILLED, PAPERMILL, TRY_AGAIN, run_notebook
+from effnet_study.execution.ray import check_resources, threads_per_run
+from effnet_study.execution.slurm import SlurmTask
+from effnet_study.files import ROOT, RunLocked, hold, holder_of
+from effnet_study.profile import load_profile
+from effnet_study.run import Run, plan_runs
+from effnet_study.search import plan_search
+from effnet_study.stop import Interrupted, ProcessKilled
 
 TRAIN = {"epochs": 2, "batch_size": 4, "optimizer": "sgd", "lr": 0.02, "norm_momentum": 0.1, "save_steps": 5}
 LONG = {"methods": ["baseline"], "data": {"name": "digits", "size": 16, "train_per_class": 20}, "train": TRAIN}
@@ -32,32 +43,38 @@ def command(path, results, *words) -> list[str]:
     return [sys.executable, "-m", "effnet_study", "study", str(path), "--results", str(results), *map(str, words)]
 
 
-def alone(path, results) -> dict:
-    """The end of a run of the baseline that nobody disturbed."""
-    words = ["train", str(path), "baseline", "--results", str(results)]
-    train = [sys.executable, "-m", "effnet_study", *words]
-    subprocess.run(train, cwd=study.ROOT, env=ONE_THREAD, check=True, capture_output=True, timeout=1500)
-    return kill.end_of(study.Run.plan(path, "baseline", 0, results).directory)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict:
+    """The end of a run of LONG's baseline that nobody disturbed."""
+    place = tmp_path_factory.mktemp("undisturbed")
+    path = place / "tiny.yaml"
+    path.write_text(yaml.safe_dump(SMALL_PROFILE | LONG))
+    train = [sys.executable, "-m", "effnet_study", "train", str(path), "baseline", "--results", str(place)]
+    subprocess.run(train, cwd=ROOT, env=ONE_THREAD, check=True, capture_output=True, timeout=1500)
+    return kill.end_of(Run.plan(path, "baseline", 0, place).run_dir)
 
 
 def wait_for_checkpoint(run, process=None) -> int:
     """Wait until a run has a checkpoint, after five steps; the process that trains it."""
     until = time.monotonic() + 600
-    while not (run.directory / "checkpoint.pt").exists():
+    while not (run.run_dir / "checkpoint.pt").exists():
         assert time.monotonic() < until and (process is None or process.poll() is None)
         time.sleep(0.02)
-    return int((run.directory / ".holder").read_text().split()[1])
+    return int((run.run_dir / ".holder").read_text().split()[1])
 
 
-def test_a_worker_of_ray_is_killed_and_the_study_completes_with_the_same_results(profile_file, tmp_path, request):
+@pytest.mark.slow
+def test_a_worker_of_ray_is_killed_and_the_study_completes_with_the_same_results(
+    profile_file, tmp_path, request, undisturbed
+):
     """Two workers; one is killed in the middle of its run, the other's notebook fails, which is no reason to retry."""
     pytest.importorskip("ray")
     path = profile_file(**LONG | {"methods": ["baseline", "resolution"]})
-    run, other = study.plan_runs(study.load_profile(path), tmp_path / "ray")
-    (other.directory / "weights.safetensors").mkdir(parents=True)  # in the way of a file
+    run, other = plan_runs(load_profile(path), tmp_path / "ray")
+    (other.run_dir / "weights.safetensors").mkdir(parents=True)  # in the way of a file
     words = ["--executor", "ray", "--device", "cpu", "--no-analysis"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command(path, tmp_path / "ray", *words), cwd=study.ROOT, **pipes)
+    process = subprocess.Popen(command(path, tmp_path / "ray", *words), cwd=ROOT, **pipes)
     request.addfinalizer(process.kill)
     kernel = psutil.Process(wait_for_checkpoint(run, process))
     worker = kernel.parent().parent()
@@ -67,57 +84,228 @@ def test_a_worker_of_ray_is_killed_and_the_study_completes_with_the_same_results
     assert process.returncode == 1, errors  # for the notebook that failed
     assert "  continues " in said + errors
     assert (said + errors).count("02_single_axis_scaling failed") == 1
-    assert kill.end_of(run.directory) == alone(path, tmp_path / "alone")
-    assert run.executed.exists() and not list(run.folder.glob(".stop*"))
+    assert kill.end_of(run.run_dir) == undisturbed
+    assert run.executed.exists() and not list(run.study_dir.glob(".stop*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_ray_is_not_asked_for_what_no_machine_has(profile_file, tmp_path, capsys):
     pytest.importorskip("ray")
     words = ["study", str(profile_file()), "--results", str(tmp_path), "--executor", "ray", "--device", "cuda"]
-    assert study.main(words) == 2
+    assert main(words) == 2
     assert "a run needs 1 CPU and 1 GPU on one machine, the cluster's have: " in capsys.readouterr().err
 
 
 def test_a_gpu_brings_its_share_of_the_cores():
     machines = [{"CPU": 32.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 8.0}, {"CPU": 64.0}]
-    assert [effnet_execute._ray_threads(machines, gpus) for gpus in (0, 1, 4, 8)] == [1, 2, 8, 16]
-    effnet_execute._check_ray(machines, {"CPU": 32, "GPU": 4})
+    assert [threads_per_run(machines, gpus) for gpus in (0, 1, 4, 8)] == [1, 2, 8, 16]
+    check_resources(machines, {"CPU": 32, "GPU": 4})
     with pytest.raises(RuntimeError, match="needs 33 CPU and 1 GPU on one machine"):  # together they would have them
-        effnet_execute._check_ray(machines, {"CPU": 33, "GPU": 1})
+        check_resources(machines, {"CPU": 33, "GPU": 1})
 
 
-def test_a_killed_kernel_is_replaced_and_goes_on(profile_file, tmp_path, request):
+@pytest.mark.slow
+def test_a_killed_kernel_is_replaced_and_goes_on(profile_file, tmp_path, request, undisturbed):
     path = profile_file(**LONG)
-    run = study.Run.plan(path, "baseline", 0, tmp_path / "here")
+    run = Run.plan(path, "baseline", 0, tmp_path / "here")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     words = ["--threads", 1, "--no-analysis"]
-    process = subprocess.Popen(command(path, tmp_path / "here", *words), cwd=study.ROOT, **pipes)
+    process = subprocess.Popen(command(path, tmp_path / "here", *words), cwd=ROOT, **pipes)
     request.addfinalizer(process.kill)
     os.kill(wait_for_checkpoint(run, process), signal.SIGKILL)
     said, errors = process.communicate(timeout=1500)
     assert process.returncode == 0, errors
     assert "its process was killed" in errors and "attempted again" in errors and "  continues " in said
-    assert kill.end_of(run.directory) == alone(path, tmp_path / "alone")
-    assert not (run.folder / "notebooks" / "05_analysis.ipynb").exists()
+    assert kill.end_of(run.run_dir) == undisturbed
+    assert not (run.study_dir / "notebooks" / "05_analysis.ipynb").exists()
+
+
+@pytest.mark.slow
+def test_a_search_that_is_stopped_says_so_without_a_traceback(profile_file, tmp_path, request):
+    path = profile_file(**LONG | {"methods": ["compound_searched"], "search": {"step": 0.4}})
+    candidate = plan_search(load_profile(path), tmp_path)[1][0]
+    words = [sys.executable, "-m", "effnet_study", "search", str(path), "--results", str(tmp_path), "--threads", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, cwd=ROOT, **pipes)
+    request.addfinalizer(process.kill)
+    wait_for_checkpoint(candidate, process)
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=600)
+    assert process.returncode == TRY_AGAIN and errors.splitlines()[-1].endswith("the same command continues")
+    assert "Traceback" not in said + errors and len(errors.splitlines()) <= 2
+    assert candidate.state() == "interrupted" and not list((tmp_path / "tiny" / "notebooks").iterdir())
 
 
 def test_a_process_whose_starter_has_died_meanwhile_ends_at_once():
-    command = [sys.executable, "-c", effnet_execute._EXECUTE, "{}", "1"]  # it was started by this process, not by 1
-    assert subprocess.run(command, timeout=60).returncode == effnet_execute.KILLED
+    command = [sys.executable, "-P", str(PAPERMILL), "{}", "1"]  # it was started by this process, not by 1
+    assert subprocess.run(command, timeout=60).returncode == KILLED
+
+
+# ---- one notebook, by a process that stands in for papermill's
+
+STAND_IN = """
+import json, os, signal, sys, time
+arguments = json.loads(sys.argv[1])
+print("said", os.environ.get("OMP_NUM_THREADS"), os.environ.get("EFFNET_TENSORBOARD"), flush=True)
+print("wrong", os.environ.get("EFFNET_DEADLINE"), os.environ.get("OF_THIS_ONE"), file=sys.stderr, flush=True)
+with open(arguments["output_path"], "w") as file:
+    json.dump({"metadata": {"papermill": dict(arguments)}}, file)
+DO
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A function that lets `run_notebook` start a small program, which ends as told; returns the path of the output."""
+
+    def use(ending: str):
+        (tmp_path / "stand_in.py").write_text(STAND_IN.replace("DO", ending))
+        monkeypatch.setattr(notebook, "PAPERMILL", tmp_path / "stand_in.py")
+        return tmp_path / "notebooks" / "out.ipynb"
+
+    return use
+
+
+def test_an_executed_notebook_appears_at_once_and_names_no_path_of_this_machine(stand_in, capsys):
+    output = stand_in("assert os.getppid() == int(sys.argv[2])")
+    parameters = {"seed": 7, "method": "baseline"}
+    given = {"threads": 3, "deadline": 1e10, "tensorboard": True, "environment": {"OF_THIS_ONE": "5"}}
+    run_notebook("01_baseline_b0", output, parameters, **given)
+    assert [path.name for path in output.parent.iterdir()] == ["out.ipynb"]
+    about = json.loads(output.read_text())["metadata"]["papermill"]
+    assert (about["input_path"], about["output_path"]) == ("01_baseline_b0.ipynb", "out.ipynb")
+    assert about["parameters"] == parameters and about["cwd"] == str(ROOT) and about["kernel_name"] == "python3"
+    assert capsys.readouterr() == ("said 3 1\n", "wrong 10000000000.0 5\n")
+
+
+def test_a_notebook_has_all_cores_and_time_unless_told_otherwise(stand_in, capsys, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "EFFNET_DEADLINE", "EFFNET_TENSORBOARD"):
+        monkeypatch.delenv(name, raising=False)
+    run_notebook("01_baseline_b0", stand_in(""), {})
+    assert capsys.readouterr() == ("said None None\n", "wrong None None\n")
+
+
+@pytest.mark.parametrize(
+    "ending, error, kept",
+    [
+        ("sys.exit(1)", RuntimeError, True),
+        ("sys.exit('an error')", RuntimeError, True),
+        ("sys.exit(75)", Interrupted, False),
+        ("sys.exit(69)", RunLocked, False),
+        ("sys.exit(70)", ProcessKilled, True),
+        ("os.kill(os.getpid(), signal.SIGKILL)", ProcessKilled, True),
+        ("os.kill(os.getpid(), signal.SIGABRT)", RuntimeError, True),
+    ],
+)
+def test_how_a_notebook_ended_is_told_from_its_process(stand_in, ending, error, kept):
+    output = stand_in(ending)
+    with pytest.raises((RuntimeError, Interrupted)) as raised:
+        run_notebook("01_baseline_b0", output, {})
+    assert type(raised.value) is error
+    assert [path.name for path in output.parent.iterdir()] == ["out.partial.ipynb"] * kept
+    assert ("out.partial.ipynb" in str(raised.value)) == kept
+
+
+def test_a_notebook_that_does_not_stop_is_killed_after_its_grace(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(notebook, "GRACE", 0.3)
+    output, stop, begin = (
+        stand_in("open(os.environ['EFFNET_STOP'], 'w'); time.sleep(60)"),
+        tmp_path / "stop",
+        time.time(),
+    )
+    with pytest.raises(RuntimeError, match="failed; see") as raised:  # it was asked to stop: no reason to try again
+        run_notebook("01_baseline_b0", output, {}, stop=stop)
+    assert not isinstance(raised.value, ProcessKilled) and stop.exists() and time.time() - begin < 30
+
+
+def test_an_interrupt_stops_a_notebook_and_waits_for_its_end(stand_in, tmp_path):
+    ending = """
+os.kill(os.getppid(), signal.SIGINT)
+while not os.path.exists(os.environ["EFFNET_STOP"]):
+    time.sleep(0.01)
+time.sleep(0.3)
+open(arguments["output_path"] + ".ended", "w")
+"""
+    output = stand_in(ending)
+    with pytest.raises(KeyboardInterrupt):
+        run_notebook("01_baseline_b0", output, {})
+    assert (output.parent / "out.partial.ipynb.ended").exists()
+
+
+# ---- many notebooks
+
+
+def test_an_interrupted_notebook_stops_the_others_and_those_that_have_not_begun(tmp_path):
+    stop, begun, ended = tmp_path / "stop", [], []
+
+    def call(execution: Execution) -> bool:
+        begun.append(execution.about)
+        if execution.about == "second":
+            raise Interrupted("in time")
+        until = time.monotonic() + 20
+        while not stop.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        ended.append(execution.about)
+        if execution.about == "first":
+            raise Interrupted("asked to stop")
+
+    executions = [Execution(about, "n", tmp_path, {}) for about in ("second", "first", "third", "fourth", "fifth")]
+    with pytest.raises(Interrupted, match="in time"):
+        side_by_side(call, executions, 2, stop)
+    assert stop.exists() and "fifth" not in begun and set(ended) == set(begun) - {"second"}
+
+
+def test_all_notebooks_are_executed_though_one_fails(tmp_path):
+    executions, seen = [Execution(about, "n", tmp_path, {}) for about in "abc"], []
+    assert side_by_side(lambda one: seen.append(one.about) or one.about != "a", executions, 1, tmp_path / "s") is False
+    assert seen == ["a", "b", "c"] and not (tmp_path / "s").exists()
+    assert side_by_side(lambda one: True, executions, 3, tmp_path / "s") is True
+
+
+def test_an_interrupt_after_a_failure_is_not_lost(tmp_path):
+    def call(execution: Execution) -> bool:
+        if execution.about == "a":
+            return False
+        raise Interrupted("in time")
+
+    with pytest.raises(Interrupted):
+        side_by_side(call, [Execution(about, "n", tmp_path, {}) for about in "ab"], 1, tmp_path / "stop")
+
+
+@pytest.mark.parametrize("seconds, begins", [(19, False), (30, True), (None, True)])
+def test_a_notebook_is_not_begun_with_too_little_time(monkeypatch, tmp_path, seconds, begins):
+    seen = []
+    monkeypatch.setattr(local, "run_notebook", lambda *arguments, **options: seen.append((arguments, options)))
+    execution = Execution("about", "01_baseline_b0", tmp_path / "out.ipynb", {"seed": 1})
+    deadline = None if seconds is None else time.time() + seconds
+    with contextlib.nullcontext() if begins else pytest.raises(Interrupted, match="too little time"):
+        assert execute([execution], 1, 2, deadline=deadline, tensorboard=True)
+    assert len(seen) == begins
+    for arguments, options in seen:
+        assert arguments == ("01_baseline_b0", tmp_path / "out.ipynb", {"seed": 1})
+        assert (options["deadline"], options["threads"], options["tensorboard"]) == (deadline, 2, True)
 
 
 def test_a_notebook_that_is_killed_again_and_again_is_given_up(monkeypatch, capsys, tmp_path):
     attempts = []
 
-    def killed(*arguments):
+    def killed(*arguments, **options):
         attempts.append(arguments)
-        raise Killed("01_baseline_b0: its process was killed")
+        raise ProcessKilled("01_baseline_b0: its process was killed")
 
-    monkeypatch.setattr(effnet_execute, "run_notebook", killed)
-    execution = study.Execution("about", "01_baseline_b0", tmp_path / "out.ipynb", {})
-    assert study.execute([execution], 1, None) is False
-    assert len(attempts) == 1 + study.RETRIES and capsys.readouterr().err.count("attempted again") == study.RETRIES
+    monkeypatch.setattr(local, "run_notebook", killed)
+    execution = Execution("about", "01_baseline_b0", tmp_path / "out.ipynb", {})
+    assert execute([execution], 1, None) is False
+    assert len(attempts) == 1 + RETRIES and capsys.readouterr().err.count("attempted again") == RETRIES
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a cell failed"), RunLocked("held")])
+def test_a_notebook_that_fails_by_itself_is_not_tried_again(monkeypatch, capsys, tmp_path, error):
+    run_it = Mock(side_effect=error)
+    monkeypatch.setattr(local, "run_notebook", run_it)
+    assert execute([Execution("about", "01_baseline_b0", tmp_path / "out.ipynb", {})], 1) is False
+    assert run_it.call_count == 1 and capsys.readouterr().err == f"effnet: {error}\n"
 
 
 @pytest.mark.parametrize(
@@ -140,13 +328,13 @@ def test_notebooks_side_by_side_have_gpus_of_their_own(monkeypatch, tmp_path, jo
     )
     seen, together = [], threading.Barrier(jobs)
 
-    def look(*arguments):
-        seen.append(arguments[-1].get("CUDA_VISIBLE_DEVICES"))
+    def look(*arguments, environment, **options):
+        seen.append(environment.get("CUDA_VISIBLE_DEVICES"))
         together.wait(20)
 
-    monkeypatch.setattr(effnet_execute, "run_notebook", look)
-    executions = [study.Execution("", "01_baseline_b0", tmp_path, {}) for _ in range(jobs)]
-    assert study.execute(executions, jobs, None, gpus)
+    monkeypatch.setattr(local, "run_notebook", look)
+    executions = [Execution("", "01_baseline_b0", tmp_path, {}) for _ in range(jobs)]
+    assert execute(executions, jobs, None, gpus)
     assert sorted(seen, key=str) == sorted(expected, key=str)
 
 
@@ -169,9 +357,9 @@ def test_slurm_is_given_one_array_job_and_one_that_follows(profile_file, tmp_pat
     pytest.importorskip("submitit")
     methods = ["baseline", "depth", "compound_searched"]
     path = profile_file(methods=methods, seeds=[0, 1], search={"step": 0.4}, devices=2)
-    write_record(study.Run.plan(path, "depth", 1, tmp_path))
+    write_record(Run.plan(path, "depth", 1, tmp_path))
     words = ["--executor", "slurm", "--time-budget", "90m", "--jobs", "3", "--threads", "4"]
-    assert study.main(["study", str(path), "--results", str(tmp_path), *words]) == 0
+    assert main(["study", str(path), "--results", str(tmp_path), *words]) == 0
     assert "EFFNET_DEADLINE" not in os.environ  # the time of a job is not that of the submission
     array, closing = fake_slurm()
     both = ["--requeue", "--time=90", "--cpus-per-task=4", "--gpus-per-node=2", "--nodes=1", "--signal=USR2@90"]
@@ -186,12 +374,12 @@ def test_slurm_is_given_one_array_job_and_one_that_follows(profile_file, tmp_pat
 def test_slurm_is_asked_for_no_gpu_by_a_study_on_the_cpu_that_is_only_to_be_closed(profile_file, tmp_path, fake_slurm):
     pytest.importorskip("submitit")
     path = profile_file(methods=["baseline"])
-    run = study.Run.plan(path, "baseline", 0, tmp_path)
+    run = Run.plan(path, "baseline", 0, tmp_path)
     write_record(run)
     run.executed.parent.mkdir()
     run.executed.touch()
     words = ["--executor", "slurm", "--device", "cpu"]
-    assert study.main(["study", str(path), "--results", str(tmp_path), *words]) == 0
+    assert main(["study", str(path), "--results", str(tmp_path), *words]) == 0
     (closing,) = fake_slurm()
     assert not [line for line in closing if "gpus" in line or "dependency" in line]
     assert "#SBATCH --time=60" in closing and "#SBATCH --cpus-per-task=1" in closing
@@ -200,12 +388,12 @@ def test_slurm_is_asked_for_no_gpu_by_a_study_on_the_cpu_that_is_only_to_be_clos
 def test_slurm_is_not_given_too_little_time_nor_nothing_to_do(profile_file, tmp_path, fake_slurm, capsys):
     pytest.importorskip("submitit")
     words = ["study", str(profile_file(methods=["baseline"])), "--results", str(tmp_path), "--executor", "slurm"]
-    assert study.main([*words, "--time-budget", "1m"]) == 2 and "at least 5m" in capsys.readouterr().err
-    run = study.Run.plan(words[1], "baseline", 0, tmp_path)
+    assert main([*words, "--time-budget", "1m"]) == 2 and "at least 5m" in capsys.readouterr().err
+    run = Run.plan(words[1], "baseline", 0, tmp_path)
     write_record(run)
     run.executed.parent.mkdir(exist_ok=True)
     run.executed.touch()
-    assert study.main([*words, "--no-analysis"]) == 0 and "submitted 0 jobs" in capsys.readouterr().out
+    assert main([*words, "--no-analysis"]) == 0 and "submitted 0 jobs" in capsys.readouterr().out
     assert fake_slurm() == []
 
 
@@ -216,26 +404,27 @@ def test_without_slurm_that_is_said(profile_file, tmp_path, capsys, monkeypatch)
     analysed = tmp_path / "tiny" / "notebooks" / "05_analysis.ipynb"
     analysed.parent.mkdir(parents=True)
     analysed.touch()
-    assert study.main(["study", str(path), "--results", str(tmp_path), "--executor", "slurm"]) == 2
+    assert main(["study", str(path), "--results", str(tmp_path), "--executor", "slurm"]) == 2
     assert "executor slurm: " in capsys.readouterr().err and analysed.exists()
 
 
-def test_a_job_of_slurm_that_is_warned_stops_and_goes_on_when_it_is_started_again(profile_file, tmp_path):
+@pytest.mark.slow
+def test_a_job_of_slurm_that_is_warned_stops_and_goes_on_when_it_is_started_again(profile_file, tmp_path, undisturbed):
     """As submitit does it, but on this machine: its local jobs get the same signal and are queued again."""
     submitit = pytest.importorskip("submitit")
     path = profile_file(**LONG)
-    run = study.Run.plan(path, "baseline", 0, tmp_path)
+    run = Run.plan(path, "baseline", 0, tmp_path)
     parameters = {"profile": str(path), "results": str(tmp_path), "device": "cpu"}
-    execution = study.Execution("about", "01_baseline_b0", run.executed, parameters, run.directory)
+    execution = Execution("about", "01_baseline_b0", run.executed, parameters, run.run_dir)
     executor = submitit.AutoExecutor(tmp_path / "logs", cluster="local")
     executor.update_parameters(timeout_min=10)
-    job = executor.submit(SlurmTask(study.execute, ([execution], 1, 1), tmp_path / "stop", run.directory))
+    job = executor.submit(SlurmTask(partial(execute, [execution], 1, 1), tmp_path / "stop", run.run_dir))
     kernel = psutil.Process(wait_for_checkpoint(run))
     papermill = kernel.parent()
     for process in (kernel, papermill, papermill.parent()):  # Slurm warns every process of a job
         process.send_signal(signal.SIGUSR2)
     assert job.result() is True and "  continues " in job.stdout()
-    assert kill.end_of(run.directory) == alone(path, tmp_path / "alone")
+    assert kill.end_of(run.run_dir) == undisturbed
 
 
 @pytest.mark.parametrize(
@@ -249,7 +438,7 @@ def test_what_a_study_lacks_is_told_once(profile_file, tmp_path, monkeypatch, ca
     monkeypatch.setenv("EFFNET_DATA", str(tmp_path / "nothing"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("urllib.request.OpenerDirector.open", Mock(side_effect=URLError("no network")))
-    assert study.main(["study", str(profile_file(**changes)), "--results", str(tmp_path), *words]) == 2
+    assert main(["study", str(profile_file(**changes)), "--results", str(tmp_path), *words]) == 2
     said = capsys.readouterr().err
     assert len(re.findall(message, said)) == 1 and "failed; see" not in said
     assert not (tmp_path / "tiny").exists()
@@ -257,22 +446,23 @@ def test_what_a_study_lacks_is_told_once(profile_file, tmp_path, monkeypatch, ca
 
 def test_a_run_that_another_trains_is_left_to_it(profile_file, tmp_path, monkeypatch, capsys):
     path = profile_file(methods=["baseline", "width"])
-    held, free = study.plan_runs(study.load_profile(path), tmp_path)
-    monkeypatch.setattr(effnet_execute, "run_notebook", lambda *arguments: write_record(free))
-    monkeypatch.setattr(effnet_execute, "_wait_until_free", lambda folder, seconds: holder_of(folder))
-    held.directory.mkdir(parents=True)
-    with hold(held.directory):
-        assert study.main(["study", str(path), "--results", str(tmp_path), "--device", "cpu"]) == study.TRY_AGAIN
+    held, free = plan_runs(load_profile(path), tmp_path)
+    monkeypatch.setattr(local, "run_notebook", lambda *arguments, **options: write_record(free))
+    monkeypatch.setattr(local, "wait_until_free", lambda folder, seconds: holder_of(folder))
+    held.run_dir.mkdir(parents=True)
+    with hold(held.run_dir):
+        assert main(["study", str(path), "--results", str(tmp_path), "--device", "cpu"]) == TRY_AGAIN
     said = capsys.readouterr().out
     assert re.search(rf"baseline, seed 0, 16 px: left to process {os.getpid()} on", said)
-    assert f"Another process is at work on {held.directory}" in said and free.state() == "finished"
-    assert not (held.folder / "notebooks" / "05_analysis.ipynb").exists()
+    assert f"Another process is at work on {held.run_dir}" in said and free.state() == "finished"
+    assert not (held.study_dir / "notebooks" / "05_analysis.ipynb").exists()
 
 
+@pytest.mark.slow
 def test_a_notebook_whose_run_is_held_after_all_leaves_nothing_behind(profile_file, tmp_path):
-    run = study.Run.plan(profile_file(), "baseline", 0, tmp_path)
-    run.directory.mkdir(parents=True)
+    run = Run.plan(profile_file(), "baseline", 0, tmp_path)
+    run.run_dir.mkdir(parents=True)
     parameters = {"profile": run.profile.source, "results": str(tmp_path), "device": "cpu"}
-    with hold(run.directory), pytest.raises(Held):
-        study.run_notebook("01_baseline_b0", run.executed, parameters)
+    with hold(run.run_dir), pytest.raises(RunLocked):
+        run_notebook("01_baseline_b0", run.executed, parameters)
     assert not list(run.executed.parent.iterdir())

@@ -1,36 +1,54 @@
-"""Profiles, planned runs, records as tables, statistics, the command."""
+"""Profiles, planned runs, records as tables, the command."""
 
-import math
+import json
 import re
+from types import SimpleNamespace
 
 import filelock
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import write_record
-from scipy import stats
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-import effnet_lib
-import effnet_runs
-import effnet_study as study
-from effnet_lib import TABLE7
+from effnet_lib import TABLE7, Cost, Scaling
+from effnet_study import parallel
+from effnet_study import run as runs_module
+from effnet_study.analysis.recipes import load_pilots
+from effnet_study.cli import main
+from effnet_study.coefficients import made_by
+from effnet_study.data.load import load_data
+from effnet_study.execution import local
+from effnet_study.execution.local import plan_workers
+from effnet_study.execution.notebook import TRY_AGAIN
+from effnet_study.files import hold, load_history, write_json
+from effnet_study.methods import parse_method
+from effnet_study.plan import plan
+from effnet_study.profile import load_profile, profile_names
+from effnet_study.record import read_record
+from effnet_study.run import Run, load_runs, plan_runs
+from effnet_study.study import longest_first
 
 # ---- profiles
 
 
-@pytest.mark.parametrize("name", study.profile_names())
-def test_the_profiles_that_ship_are_valid(name):
-    profile = study.load_profile(name)
-    runs = study.plan_runs(profile, methods=profile.methods[:5], seeds=profile.seeds[:1])
-    assert all(run.config.resolution >= profile.base_resolution for run in runs)
-    recipes = {tuple(sorted(run.config.model_options().items())) for run in runs}
-    assert len(recipes) == 1  # the same regularisation for every method
+@pytest.mark.parametrize("matching", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_profiles_that_ship_are_valid(matching):
+    """matching: with the methods whose coefficients are found by counting the FLOPs of many networks."""
+    for profile in map(load_profile, profile_names()):
+        matched = [m for m in profile.methods if parse_method(m).matched or parse_method(m).times]
+        methods = [m for m in profile.methods if matching or m not in matched]
+        runs = plan_runs(profile, methods=methods, seeds=profile.seeds[:1]) if methods else []
+        runs = [run for run in runs if not run.waiting]
+        assert all(run.config.resolution >= profile.base_resolution for run in runs), profile.name
+        recipes = {tuple(sorted(run.config.model_options().items())) for run in runs}
+        assert len(recipes) == bool(runs), profile.name  # the same regularisation for every method
 
 
 def test_evidence_has_the_seeds_that_the_rules_ask_for():
-    for profile in map(study.load_profile, study.profile_names()):
-        claims = profile.ablation_of is None  # else there is no verdict
+    for profile in map(load_profile, profile_names()):
+        claims = profile.parent is None  # else there is no outcome
         assert len(profile.seeds) >= ({"check": 1, "exploratory": 3, "evidence": 5}[profile.purpose] if claims else 1)
 
 
@@ -39,41 +57,41 @@ def test_evidence_has_the_seeds_that_the_rules_ask_for():
     [
         ({"metods": ["depth"]}, "unknown key 'metods'.*Did you mean 'methods'"),
         ({"title": None}, "title is missing"),
-        ({"seeds": 3}, "seeds: expected list, got 3"),
+        ({"seeds": 3}, "seeds: expected a valid tuple, got 3"),
         ({"seeds": [0, 0]}, "seeds: expected a list without repetitions"),
-        ({"seeds": ["0"]}, "seed: expected int, got '0'"),
+        ({"seeds": ["0"]}, "seeds: 0: expected a valid integer, got '0'"),
         ({"seeds": []}, "seeds: expected a list"),
         ({"methods": ["baseline", "dept"]}, "unknown method 'dept'.*Did you mean 'depth'"),
         ({"purpose": "proof"}, "unknown purpose 'proof'"),
-        ({"data": {"nme": "digits"}}, "unknown data setting 'nme'"),
+        ({"data": {"name": "digits", "siez": 8}}, "data: unknown setting 'siez'.*Did you mean 'size'"),
         ({"data": {"size": 8}}, "data: name is missing"),
-        ({"base_resolution": 4}, "base_resolution: expected at least 8 px, got 4"),
-        ({"base_resolution": "32"}, "base_resolution: expected int, got '32'"),
-        ({"stem_stride": 4}, "stem_stride: expected 1 or 2, got 4"),
-        ({"train": {"lr": "1e-3"}}, "lr: expected float, got '1e-3'; in YAML write 1.0e-3"),
-        ({"train": {"epoch": 3}}, "unknown training setting 'epoch'.*Did you mean 'epochs'"),
+        ({"base_resolution": 4}, "base_resolution: expected a value greater than or equal to 8, got 4"),
+        ({"base_resolution": "32"}, "base_resolution: expected a valid integer, got '32'"),
+        ({"stem_stride": 4}, r"unknown stem_stride 4\. Valid: 1, 2"),
+        ({"train": {"lr": "1e-3"}}, "train: lr: expected a valid number, got '1e-3'; in YAML write 1.0e-3"),
+        ({"train": {"epoch": 3}}, "train: unknown setting 'epoch'.*Did you mean 'epochs'"),
         ({"train": {"seed": 3}}, "train: seed follows from"),
     ],
 )
 def test_bad_profiles_are_refused_by_file_and_name(profile_file, changes, message):
     with pytest.raises(ValueError, match=rf"profile tiny\.yaml: {message}"):
-        study.load_profile(profile_file(**changes))
+        load_profile(profile_file(**changes))
 
 
 def test_unknown_and_unreadable_profiles_are_named(tmp_path):
     with pytest.raises(ValueError, match="unknown profile 'quik'.*Did you mean 'quick'"):
-        study.load_profile("quik")
+        load_profile("quik")
     with pytest.raises(ValueError, match=r"nowhere\.yaml: cannot be read"):
-        study.load_profile(tmp_path / "nowhere.yaml")
+        load_profile(tmp_path / "nowhere.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")
     with pytest.raises(ValueError, match=r"broken\.yaml: cannot be read"):
-        study.load_profile(tmp_path / "broken.yaml")
+        load_profile(tmp_path / "broken.yaml")
     with pytest.raises(ValueError, match="unknown profile '../quick'"):
-        study.load_profile("../quick")
+        load_profile("../quick")
 
 
 def test_methods_are_the_papers_rows_or_matched_to_compound(profile_file):
-    profile = study.load_profile(profile_file(methods=["compound", "width_matched"]))
+    profile = load_profile(profile_file(methods=["compound", "width_matched"]))
     assert profile.scaling("compound") == TABLE7["compound"]
     matched = profile.scaling("width_matched")
     assert matched.width > TABLE7["width"].width and matched.depth == matched.resolution == 1
@@ -83,54 +101,54 @@ def test_methods_are_the_papers_rows_or_matched_to_compound(profile_file):
 
 
 def test_runs_are_planned_seed_by_seed_into_folders_that_say_what_they_are(profile_file, tmp_path):
-    profile = study.load_profile(profile_file(seeds=[3, 1]))
-    runs = study.plan_runs(profile, tmp_path)
+    profile = load_profile(profile_file(seeds=[3, 1]))
+    runs = plan_runs(profile, tmp_path)
     assert [(run.seed, run.method) for run in runs] == [(s, m) for s in (3, 1) for m in profile.methods]
-    assert runs[4].directory == tmp_path / "tiny" / "runs" / "compound_d1.40_w1.20_r1.30_seed3"
+    assert runs[4].run_dir == tmp_path / "tiny" / "runs" / "compound_d1.40_w1.20_r1.30_seed3"
     assert runs[4].config.resolution == 21
-    only = study.plan_runs(profile, tmp_path, methods=["depth"], seeds=[1])
+    only = plan_runs(profile, tmp_path, methods=["depth"], seeds=[1])
     assert [(run.seed, run.method) for run in only] == [(1, "depth")]
     with pytest.raises(ValueError, match="unknown seed of profile tiny 2"):
-        study.plan_runs(profile, seeds=[2])
+        plan_runs(profile, seeds=[2])
     with pytest.raises(ValueError, match="unknown method of profile tiny 'width_matched'"):
-        study.plan_runs(profile, methods=["width_matched"])
+        plan_runs(profile, methods=["width_matched"])
 
 
 def test_the_initial_weights_follow_the_seed(profile_file):
     path = profile_file(seeds=[0, 1])
-    weights = [study.Run.plan(path, "baseline", seed).model(10).classifier.weight for seed in (0, 0, 1)]
+    weights = [Run.plan(path, "baseline", seed).model(10).classifier.weight for seed in (0, 0, 1)]
     assert (weights[0] == weights[1]).all() and not (weights[0] == weights[2]).all()
 
 
 def test_a_runs_state_is_told_from_what_it_left(profile_file, tmp_path):
-    runs = study.plan_runs(study.load_profile(profile_file()), tmp_path)
+    runs = plan_runs(load_profile(profile_file()), tmp_path)
     write_record(runs[0])
     write_record(runs[1], status="failed", error="OSError: no")
-    write_record(runs[2], config={**runs[2].config.__dict__, "lr": 9.0})
-    runs[3].directory.mkdir()
-    (runs[3].directory / ".lock").touch()
-    (runs[3].directory / "checkpoint.pt").touch()
+    write_record(runs[2], config={**dict(runs[2].config), "lr": 9.0})
+    runs[3].run_dir.mkdir()
+    (runs[3].run_dir / ".lock").touch()
+    (runs[3].run_dir / "checkpoint.pt").touch()
     assert [run.state() for run in runs] == ["finished", "failed", "stale", "interrupted", "missing"]
-    with filelock.FileLock(runs[3].directory / ".lock"):
-        assert study.plan_runs(runs[3].profile, tmp_path)[3].state() == "running"
+    with filelock.FileLock(runs[3].run_dir / ".lock"):
+        assert plan_runs(runs[3].profile, tmp_path)[3].state() == "running"
 
 
 def test_a_run_is_stale_once_its_network_or_data_change(profile_file, tmp_path):
-    run = study.Run.plan(profile_file(), "baseline", 0, tmp_path)
+    run = Run.plan(profile_file(), "baseline", 0, tmp_path)
     write_record(run, **run.about)
     assert run.state() == "finished"
     other_data = {"name": "digits", "size": 16, "train_per_class": 5}
     for changes in ({"stem_stride": 1}, {"data": other_data}, {"base_resolution": 17}):
-        assert study.Run.plan(profile_file(**changes), "baseline", 0, tmp_path).state() == "stale"
-    assert study.Run.plan(profile_file(title="Other words"), "baseline", 0, tmp_path).state() == "finished"
+        assert Run.plan(profile_file(**changes), "baseline", 0, tmp_path).state() == "stale"
+    assert Run.plan(profile_file(title="Other words"), "baseline", 0, tmp_path).state() == "finished"
 
 
 def test_only_finished_runs_of_this_profile_have_scores(profile_file, tmp_path):
     path = profile_file()
-    runs = study.plan_runs(study.load_profile(path), tmp_path)
+    runs = plan_runs(load_profile(path), tmp_path)
     write_record(runs[0], top1=61.5)
-    write_record(runs[1], config={**runs[1].config.__dict__, "lr": 9.0})
-    table = study.load_runs(path, tmp_path)
+    write_record(runs[1], config={**dict(runs[1].config), "lr": 9.0})
+    table = load_runs(load_profile(path), tmp_path)
     assert table["method"].tolist() == [run.method for run in runs]
     assert table["status"].tolist() == ["finished", "stale", "missing", "missing", "missing"]
     assert table["top1"].tolist()[0] == 61.5 and table["top1"][1:].isna().all()
@@ -141,106 +159,263 @@ def test_only_finished_runs_of_this_profile_have_scores(profile_file, tmp_path):
 
 @pytest.mark.parametrize("devices", [0, "all", 1.5, True])
 def test_impossible_devices_are_refused(profile_file, devices):
-    with pytest.raises(ValueError, match="tiny.yaml: devices: expected"):
-        study.load_profile(profile_file(devices=devices))
+    with pytest.raises(ValueError, match="tiny.yaml: devices: .*expected"):
+        load_profile(profile_file(devices=devices))
 
 
 def test_devices_are_counted_or_asked_for(profile_file, monkeypatch):
-    monkeypatch.setattr(study.torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(study.torch.cuda, "is_available", lambda: True)
-    run = study.Run.plan(profile_file(devices="auto"), "baseline", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    run = Run.plan(profile_file(devices="auto"), "baseline", 0)
     assert run._processes(None) == 2 and run._processes("cpu") == 1
     with pytest.raises(ValueError, match="devices: profile tiny asks for 3, torch finds 2; use auto"):
-        study.Run.plan(profile_file(devices=3), "baseline", 0)._processes("cuda")
+        Run.plan(profile_file(devices=3), "baseline", 0)._processes("cuda")
 
 
+@pytest.mark.slow
 def test_an_error_in_one_of_several_processes_is_the_runs(profile_file, tmp_path):
     train = {"epochs": 1, "batch_size": 21, "optimizer": "sgd", "lr": 0.05}
-    run = study.Run.plan(profile_file(devices=2, train=train), "baseline", 0, tmp_path)
+    run = Run.plan(profile_file(devices=2, train=train), "baseline", 0, tmp_path)
     with pytest.raises(
         RuntimeError, match=r"failed \(process \d of 2: ValueError: batch_size: expected a multiple of the 2"
     ):
-        run.train(study.load_data(**run.profile.data), "cpu")
+        run.train(load_data(**run.profile.data.given()), "cpu")
     assert run.state() == "failed"
     with pytest.raises(RuntimeError, match="failed .process . of 2"):  # found, not run again
-        run.train(study.load_data(**run.profile.data), "cpu")
+        run.train(load_data(**run.profile.data.given()), "cpu")
 
 
 def test_divergence_in_several_processes_is_no_other_failure(profile_file, tmp_path, monkeypatch):
-    run = study.Run.plan(profile_file(devices=2), "baseline", 0, tmp_path)
+    run = Run.plan(profile_file(devices=2), "baseline", 0, tmp_path)
 
     def diverge(*arguments):
         write_record(run, status="diverged", diverged={"epoch": 1, "step": 2, "lr": 0.1})
         return "process 0 of 2: RuntimeError: diverged"
 
-    monkeypatch.setattr(effnet_runs, "launch", diverge)
+    monkeypatch.setattr(runs_module, "launch", diverge)
     with pytest.raises(RuntimeError, match="diverged in epoch 1, step 2"):
         run.train(None, "cpu")
     assert run.state() == "diverged"
 
 
 def test_processes_out_of_memory_are_started_again(profile_file, tmp_path, monkeypatch):
-    run, starts = study.Run.plan(profile_file(devices=2), "baseline", 0, tmp_path), []
+    run, starts = Run.plan(profile_file(devices=2), "baseline", 0, tmp_path), []
 
     def launch(config, share):
         def start(*arguments):
             starts.append(config.nproc_per_node)
             if len(starts) == 3:
                 return write_record(run)
-            run.directory.mkdir(parents=True, exist_ok=True)
-            (run.directory / "micro_batch").write_text(str(10 // len(starts)))
+            run.run_dir.mkdir(parents=True, exist_ok=True)
+            (run.run_dir / "micro_batch").write_text(str(10 // len(starts)))
             failure = ProcessFailure(0, 1, 1, "none")
             raise ChildFailedError("share", {0: failure})
 
         return start
 
-    monkeypatch.setattr(effnet_lib, "elastic_launch", launch)
+    monkeypatch.setattr(parallel, "elastic_launch", launch)
     assert run.train(None, "cpu")["status"] == "finished" and starts == [2, 2, 2]
 
 
 @pytest.mark.parametrize(
     "cores, count, devices, words, expected",
     [
-        (8, 5, 1, {}, (5, 1)),
-        (8, 2, 1, {}, (2, 4)),
-        (2, 40, 1, {}, (2, 1)),
-        (8, 40, 1, {"jobs": 2}, (2, 4)),
-        (8, 40, 1, {"jobs": 2, "threads": 3}, (2, 3)),
-        (8, 5, 4, {}, (2, 1)),
-        (1, 5, 2, {}, (1, 1)),
+        (8, 5, 1, {}, (5, 1, 0)),
+        (8, 2, 1, {}, (2, 4, 0)),
+        (2, 40, 1, {}, (2, 1, 0)),
+        (8, 40, 1, {"jobs": 2}, (2, 4, 0)),
+        (8, 40, 1, {"jobs": 2, "threads": 3}, (2, 3, 0)),
+        (8, 5, 4, {}, (2, 1, 0)),
+        (8, 1, 1, {}, (1, 8, 0)),
+        (1, 5, 2, {}, (1, 1, 0)),
+        (8, 5, 1, {"device": None}, (4, 2, 1)),
+        (8, 2, 1, {"device": "cuda"}, (2, 4, 1)),
+        (8, 1, 1, {"device": None}, (1, None, 1)),  # alone: torch's own number of threads
+        (8, 5, 2, {"device": None}, (2, 2, 2)),
+        (8, 5, "auto", {"device": None}, (1, None, 4)),
     ],
 )
 def test_notebooks_side_by_side_share_the_cores(profile_file, monkeypatch, cores, count, devices, words, expected):
-    monkeypatch.setattr(study.torch, "get_num_threads", lambda: cores)
-    monkeypatch.setattr(study.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**26}[name])
-    profile = study.load_profile(profile_file(devices=devices))
-    assert study.shares(count, profile, "cpu", **words) == expected
-    monkeypatch.setattr(study.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}[name])
-    assert study.shares(count, profile, "cpu")[0] == 1  # 4 GiB in all
-    monkeypatch.setattr(study.torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(study.torch.cuda, "is_available", lambda: True)
-    assert study.shares(count, profile, None)[0] == min(count, 4 // devices)  # as many as there are GPUs for
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(local, "memory", lambda: 2**38)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    profile = load_profile(profile_file(devices=devices))
+    assert plan_workers(count, profile, **{"device": "cpu", **words}) == expected
 
 
-def test_each_seeds_longest_run_starts_first_after_the_baseline(profile_file):
-    runs = study.plan_runs(study.load_profile(profile_file(seeds=[1, 0])))
-    ordered = study._longest_first(runs)
-    assert [run.seed for run in ordered] == [1] * 5 + [0] * 5
-    activations = [run.cost.activations for run in ordered[1:5]]
-    assert activations == sorted(activations, reverse=True) and ordered[0].method == ordered[5].method == "baseline"
+def test_each_notebook_on_a_cpu_has_four_gib_of_memory(profile_file, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    profile = load_profile(profile_file())
+    for gib, jobs in ((1, 1), (7, 1), (12, 3), (100, 5)):
+        monkeypatch.setattr(local, "memory", lambda gib=gib: gib * 2**30)
+        assert plan_workers(5, profile, "cpu")[0] == jobs
+
+
+def test_each_seeds_longest_run_starts_first_after_the_baseline(profile_file, monkeypatch):
+    activations = {"baseline": 1, "depth": 5, "width": 7, "compound": 6, "resolution": 9}
+    monkeypatch.setattr(Run, "cost", property(lambda run: Cost(1, 1, activations[run.method])))
+    groups = [["depth", "width", "baseline", "compound"], ["resolution"]]
+    ordered = longest_first(plan_runs(load_profile(profile_file(seeds=[1, 0], methods=groups))))
+    first = ["baseline", "width", "compound", "depth"]
+    expected = [(seed, method) for seed in (1, 0) for method in first] + [(1, "resolution"), (0, "resolution")]
+    assert [(run.seed, run.method) for run in ordered] == expected
+
+
+# ---- a study, whose notebooks are not executed
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Notebooks that only leave their results: (name, parameters) of each in turn. `fail` names methods that fail."""
+    done, fail = [], []
+
+    def pretend(notebook, output, parameters, **options):
+        done.append((notebook, parameters))
+        method, place = parameters.get("method"), parameters["results"]
+        if method in fail:
+            raise RuntimeError(f"{notebook} failed")
+        if method is not None:
+            write_record(Run.plan(parameters["profile"], method, parameters["seed"], place))
+        if notebook == "03_coefficient_search":
+            profile = load_profile(parameters["profile"])
+            found = {"alpha": 1.4, "beta": 1.0, "gamma": 1.2, "made_by": made_by(profile)}
+            (tmp := output.parents[1] / "search").mkdir(exist_ok=True)
+            write_json(tmp.parent / "coefficients.json", found)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.touch()
+
+    monkeypatch.setattr(local, "run_notebook", pretend)
+    return done, fail
+
+
+def test_a_study_executes_runs_search_and_analysis_in_turn(profile_file, tmp_path, pretended, monkeypatch, capsys):
+    done, _ = pretended
+    matched = SimpleNamespace(scaling=Scaling(1.4, 1.1, 1.2))  # to count the FLOPs of many networks takes seconds
+    monkeypatch.setattr("effnet_study.profile.match_flops", lambda *arguments, **options: matched)
+    path = profile_file(methods=["depth", "baseline", "compound_searched"], search={"step": 0.4}, seeds=[3])
+    words = ["study", str(path), "--results", str(tmp_path), "--device", "cpu", "--jobs", "1"]
+    assert main(words) == 0
+    common = {"profile": str(path), "results": str(tmp_path)}
+    assert done[0] == ("01_baseline_b0", {**common, "method": "baseline", "seed": 3, "device": "cpu"})
+    assert done[1] == ("02_single_axis_scaling", {**common, "method": "depth", "seed": 3, "device": "cpu"})
+    assert done[2] == ("03_coefficient_search", {**common, "device": "cpu"})
+    assert done[3] == ("04_compound_scaling", {**common, "method": "compound_searched", "seed": 3, "device": "cpu"})
+    assert sorted(done[4:], key=str) == [("00_architecture", {**common, "explorer": False}), ("05_analysis", common)]
+    said = capsys.readouterr().out
+    assert "Tiny: 3 runs, 3 to do" in said and "[1/2] baseline, seed 3, 16 px" in said and "3 finished" in said
+    assert "coefficient search: 3 candidates" in said
+    notebooks = tmp_path / "tiny" / "notebooks"
+    assert (notebooks / "04_compound_scaling_compound_searched_seed3.ipynb").exists()
+
+    done.clear()  # nothing is left
+    assert main(words) == 0 and done == []
+    said = capsys.readouterr().out
+    assert "3 runs are finished: made here, not committed; run 2026-01-02 on box, code abc." in said
+    assert f"To repeat them elsewhere: effnet study {path} --results DIR" in said
+
+    for lost, again in (  # a study that was killed between a run's end and its notebook's
+        ("05_analysis", {"00_architecture", "05_analysis"}),
+        ("01_baseline_b0_baseline_seed3", {"01_baseline_b0", "00_architecture", "05_analysis"}),
+        ("03_coefficient_search", {"03_coefficient_search"}),
+    ):
+        done.clear()
+        (notebooks / f"{lost}.ipynb").unlink()
+        assert main(words) == 0 and {name for name, _ in done} == again, lost
+
+    done.clear()
+    assert main([*words, "--analysis"]) == 0 and {name for name, _ in done} == {"00_architecture", "05_analysis"}
+    (notebooks / "05_analysis.ipynb").unlink()
+    done.clear()
+    assert main([*words, "--no-analysis"]) == 0 and done == []
+
+
+def test_a_run_that_fails_is_told_and_tried_again_only_when_asked(profile_file, tmp_path, pretended, capsys):
+    done, fail = pretended
+    path = profile_file(methods=["baseline", "depth", "width"])
+    words = ["study", str(path), "--results", str(tmp_path), "--device", "cpu", "--jobs", "1"]
+    baseline, depth, width = plan_runs(load_profile(path), tmp_path)
+    fail.append("depth")
+    assert main(words) == 1
+    assert [name for name, _ in done] == ["01_baseline_b0"] + ["02_single_axis_scaling"] * 2 + ["00_architecture"] + [
+        "05_analysis"
+    ]
+    assert "effnet: 02_single_axis_scaling failed" in capsys.readouterr().err
+    assert [run.state() for run in (baseline, depth, width)] == ["finished", "missing", "finished"]
+    write_record(depth, status="failed", error="of the machine")
+    write_record(width, status="diverged", diverged={"epoch": 1, "step": 2, "lr": 0.1})
+    (width.run_dir / "checkpoint.pt").touch()
+    done.clear()
+    assert main(words) == 1 and done == []
+    fail.clear()
+    assert main([*words, "--retry"]) == 0
+    assert [parameters.get("method") for _, parameters in done[:2]] in (["depth", "width"], ["width", "depth"])
+    assert [name for name, _ in done[2:]] == ["00_architecture", "05_analysis"]
+    assert json.loads((depth.run_dir / "run.earlier.json").read_text())["status"] == "failed"
+    assert not (width.run_dir / "checkpoint.pt").exists()  # a run that diverged starts again
+
+
+def test_a_part_of_a_study(profile_file, tmp_path, pretended):
+    done, _ = pretended
+    path = profile_file(methods=["baseline", "depth", "width"], seeds=[0, 1, 2])
+    words = ["study", str(path), "--results", str(tmp_path), "--methods", "baseline", "width", "--seeds", "2", "1"]
+    assert main([*words, "--no-analysis", "--jobs", "1", "--device", "cpu"]) == 0
+    asked = sorted((parameters["seed"], parameters["method"]) for _, parameters in done)
+    assert asked == [(seed, method) for seed in (1, 2) for method in ("baseline", "width")]
+
+
+def test_a_second_study_leaves_the_analysis_to_the_first(profile_file, tmp_path, pretended, capsys):
+    done, _ = pretended
+    path = profile_file(methods=["baseline"])
+    (tmp_path / "tiny").mkdir()
+    with hold(tmp_path / "tiny"):
+        assert main(["study", str(path), "--results", str(tmp_path), "--device", "cpu"]) == TRY_AGAIN
+    assert [name for name, _ in done] == ["01_baseline_b0"]
+    assert "Another process is at work on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "claims, ablation, expected",
+    [
+        ([{"key": "searched", "title": "Search wins", "outcome": "reproduced"}], None, "Search wins: reproduced"),
+        (
+            [{"key": "axes", "title": "Axes help", "outcome": None}],
+            None,
+            "Axes help: depth - baseline +2.25, above; width - baseline -0.50, unclear",
+        ),
+        ([], "width,ema,-1.2345,lr 0.05 to 0.02", "width (ema): -1.23 points by lr 0.05 to 0.02"),
+    ],
+)
+def test_a_study_ends_with_what_its_analysis_found(profile_file, tmp_path, capsys, claims, ablation, expected):
+    path = profile_file(methods=["baseline"])
+    run = Run.plan(path, "baseline", 0, tmp_path)
+    write_record(run)
+    tables = tmp_path / "tiny" / "tables"
+    tables.mkdir(parents=True)
+    run.executed.parent.mkdir()
+    for path_of in (run.executed, run.executed.with_stem("05_analysis")):
+        path_of.touch()
+    rows = ["axes,depth,baseline,2.25,above", "other,x,y,9,above", "axes,width,baseline,-0.5,unclear"]
+    (tables / "contrasts.csv").write_text("\n".join(["claim,target,other,difference,outcome", *rows]))
+    write_json(tables / "verdict.json", {"claims": claims})
+    if ablation:
+        (tables / "ablation.csv").write_text(f"what,weights,difference,change\n{ablation}\n")
+    assert main(["study", str(path), "--results", str(tmp_path)]) == 0
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last == [expected, f"(pipeline check, not evidence) All of it: {tmp_path / 'tiny' / 'README.md'}"]
 
 
 def test_a_pilot_changes_the_recipe_and_reads_no_test_image(profile_file, tmp_path, capsys):
     path = profile_file(data={"name": "digits", "size": 16, "train_per_class": 4, "minival": 0.05})
     words = ["pilot", str(path), "lr=0.02", "optimizer=sgd", "--results", str(tmp_path), "--device", "cpu"]
-    assert study.main(words) == 0
+    assert main(words) == 0
     assert "lr=0.02_optimizer=sgd" in capsys.readouterr().out
-    folder = tmp_path / "tiny" / "pilots" / "lr=0.02_optimizer=sgd"
-    record, correct = study.read_record(folder), np.load(folder / "test_correct.npy")
+    folder = tmp_path / "tiny" / "pilots" / "lr=0.02_optimizer=sgd_seed0"
+    record, correct = read_record(folder), np.load(folder / "test_correct.npy")
     assert record["config"]["lr"] == 0.02 and record["config"]["epochs"] == 1 and record["scored"] == "minival"
-    assert len(correct) == record["dataset"]["counts"]["minival"] != study.load_data("digits").counts["test"]
+    assert len(correct) == record["dataset"]["counts"]["minival"] != load_data("digits").counts["test"]
     assert record["test"]["top1"] == record["minival"]["top1"] == pytest.approx(100 * correct.mean())
-    table = study.load_pilots(path, tmp_path)
+    table = load_pilots(load_profile(path), tmp_path)
     assert table[["pilot", "minival_top1"]].values.tolist() == [[folder.name, record["minival"]["top1"]]]
     assert not (tmp_path / "tiny" / "runs").exists()
 
@@ -249,115 +424,43 @@ def test_a_pilot_changes_the_recipe_and_reads_no_test_image(profile_file, tmp_pa
     "word, message",
     [
         ("lr", "expected NAME=VALUE, such as lr=0.05, got 'lr'"),
-        ("rl=0.1", "unknown training setting 'rl'.*Did you mean 'lr'"),
+        ("rl=0.1", "train: unknown setting 'rl'.*Did you mean 'lr'"),
         ("seed=1", "seed is not part of a recipe"),
-        ("lr=fast", "lr: expected float, got 'fast'"),
+        ("lr=fast", "lr: expected a valid number, got 'fast'"),
     ],
 )
 def test_a_pilots_bad_setting_is_named(word, message, profile_file, tmp_path, capsys):
-    assert study.main(["pilot", str(profile_file()), word, "--results", str(tmp_path)]) == 2
+    assert main(["pilot", str(profile_file()), word, "--results", str(tmp_path)]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
 def test_the_plan_prices_what_is_to_do(profile_file, tmp_path, capsys):
     path = profile_file(methods=["baseline", "width"], seeds=[0, 1])
-    write_record(study.Run.plan(path, "baseline", 0, tmp_path))
-    table = study.plan(path, tmp_path, device="cpu", seconds=2)
+    write_record(Run.plan(path, "baseline", 0, tmp_path))
+    table, jobs = plan(load_profile(path), tmp_path, device="cpu", jobs=2, seconds=2)
+    assert jobs == 2
     assert table[["method", "seed"]].values.tolist() == [["width", 0], ["baseline", 1], ["width", 1]]
     assert (table["flops"] > 1e6).all() and table["seconds"][0] == table["seconds"][2] > 0 and table["seconds"][1] > 0
     words = ["plan", str(path), "--results", str(tmp_path), "--device", "cpu", "--seconds", "2", "--jobs", "2"]
-    assert study.main(words) == 0
+    assert main(words) == 0
     out = capsys.readouterr().out
     assert "activations (M)" in out and "3 runs" in out and "at 2 at a time" in out
-    for run in study.plan_runs(study.load_profile(path), tmp_path)[1:]:
+    for run in plan_runs(load_profile(path), tmp_path)[1:]:
         write_record(run)
-    assert study.main(words) == 0 and "Nothing is to do" in capsys.readouterr().out
-
-
-# ---- statistics
-
-
-def test_t_interval_covers_the_mean_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    hits = [low < 3 < high for _, low, high in (study.t_interval(rng.normal(3, 2, 3)) for _ in range(4000))]
-    assert np.mean(hits) == pytest.approx(0.95, abs=0.012)
-
-
-def test_t_interval_of_known_numbers():
-    mean, low, high = study.t_interval([1, 2, 3])
-    assert (mean, low, high) == pytest.approx((2, 2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
-    mean, low, high = study.t_interval([5.0])
-    assert mean == 5 and math.isnan(low) and math.isnan(high)
-
-
-def test_holm_steps_down():
-    assert study.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert study.holm([0.9, 0.8, 0.001]) == pytest.approx([1, 1, 0.003])
-
-
-def test_contrasts_are_welchs_with_holms_correction():
-    scores = {"a": [80.0, 81.0, 82.5], "b": [78.0, 78.2, 78.1], "c": [80.5, 81.5, 81.0]}
-    table = study.welch_holm(scores, [("a", "b"), ("a", "c")])
-    expected = stats.ttest_ind(scores["a"], scores["b"], equal_var=False)
-    assert table["p"][0] == pytest.approx(expected.pvalue)
-    assert (table["low"][0], table["high"][0]) == pytest.approx(tuple(expected.confidence_interval()))
-    assert table["difference"].tolist() == pytest.approx([np.mean(scores["a"]) - np.mean(scores[x]) for x in "bc"])
-    assert table["p_holm"].tolist() == pytest.approx(study.holm(table["p"]))
-    assert table["contrast"].tolist() == ["a - b", "a - c"]
-
-
-def test_one_seed_has_a_difference_and_no_verdict():
-    row = study.welch_holm({"a": [80.0], "b": [70.0]}, [("a", "b")]).iloc[0]
-    assert row["difference"] == 10 and math.isnan(row["low"]) and row["verdict"] == "inconclusive"
-
-
-@pytest.mark.parametrize(
-    "difference, low, high, p, n, expected",
-    [
-        (1.2, 0.4, 2.0, 0.01, 5, "reproduced"),
-        (-1.2, -2.0, -0.4, 0.01, 5, "not reproduced"),
-        (0.1, -0.2, 0.4, 0.60, 5, "not reproduced"),  # equivalent within the margin
-        (0.1, -0.6, 0.8, 0.60, 5, "inconclusive"),
-        (1.2, 0.4, 2.0, 0.06, 5, "inconclusive"),  # Holm took the significance
-        (9.0, 8.0, 10.0, 0.001, 2, "inconclusive"),  # too few seeds
-        (9.0, math.nan, math.nan, math.nan, 1, "inconclusive"),
-    ],
-)
-def test_the_verdict_follows_the_rule(difference, low, high, p, n, expected):
-    assert study.verdict(difference, low, high, p, n) == expected
-
-
-def test_a_claim_is_as_strong_as_its_weakest_contrast():
-    assert study.overall(["reproduced"] * 3) == "reproduced"
-    assert study.overall(["reproduced", "inconclusive"]) == "inconclusive"
-    assert study.overall(["not reproduced", "inconclusive", "reproduced"]) == "not reproduced"
-    assert study.overall([]) == "inconclusive"
-
-
-def test_the_bootstrap_sees_images_and_seeds():
-    rng = np.random.default_rng(0)
-    easy, hard = rng.random((5, 2000)) < 0.8, rng.random((5, 2000)) < 0.7
-    low, high = study.paired_bootstrap(easy, hard, draws=400)
-    assert 7 < low < 10 < high < 13
-    few_low, few_high = study.paired_bootstrap(easy[:, :100], hard[:, :100], draws=400)
-    assert few_high - few_low > 2 * (high - low)
-    assert study.paired_bootstrap(easy, easy.copy(), draws=50) != (0, 0)  # seeds are drawn apart
-    assert study.paired_bootstrap(easy[:1], easy[:1].copy(), draws=50) == (0, 0)
-    with pytest.raises(ValueError, match="same test images"):
-        study.paired_bootstrap(easy, hard[:, :10])
+    assert main(words) == 0 and "Nothing left to run" in capsys.readouterr().out
 
 
 # ---- the command
 
 
 def test_cost_prints_the_exact_integers(capsys):
-    assert study.main(["cost", "b0", "compound"]) == 0
+    assert main(["cost", "b0", "compound"]) == 0
     out = capsys.readouterr().out
     assert "5,288,548" in out and "385,814,752" in out and "1,800,091,280" in out
 
 
 def test_cost_by_stage_adds_up_to_the_whole(capsys):
-    assert study.main(["cost", "b0", "densenet201", "--by-stage"]) == 0
+    assert main(["cost", "b0", "densenet201", "--by-stage"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     for network, total in (("b0", "5,288,548"), ("densenet201", "20,013,928")):
         params = [row[-3] for row in rows if row[0] == network]
@@ -377,16 +480,16 @@ def test_cost_by_stage_adds_up_to_the_whole(capsys):
     ],
 )
 def test_bad_words_end_in_a_clear_error_and_status_2(arguments, message, capsys):
-    assert study.main(arguments) == 2
+    assert main(arguments) == 2
     assert message in capsys.readouterr().err
 
 
 def test_status_lists_every_run(profile_file, tmp_path, capsys):
     path = profile_file()
-    runs = study.plan_runs(study.load_profile(path), tmp_path)
+    runs = plan_runs(load_profile(path), tmp_path)
     write_record(runs[0], top1=61.5)
     write_record(runs[1], status="diverged", diverged={"epoch": 2, "step": 7, "lr": 0.05})
-    assert study.main(["status", str(path), "--results", str(tmp_path)]) == 0
+    assert main(["status", str(path), "--results", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "61.50" in out and "1 finished, 1 diverged, 3 missing" in out
     again = f"run again with: effnet study {path} --results {tmp_path} --retry"
@@ -395,15 +498,8 @@ def test_status_lists_every_run(profile_file, tmp_path, capsys):
 
 def test_train_works_without_a_notebook(profile_file, tmp_path, capsys):
     path = profile_file()
-    assert study.main(["train", str(path), "baseline", "--results", str(tmp_path)]) == 0
+    assert main(["train", str(path), "baseline", "--results", str(tmp_path)]) == 0
     assert "test top-1" in capsys.readouterr().out
-    table = study.load_runs(path, tmp_path)
+    table = load_runs(load_profile(path), tmp_path)
     assert table["status"].tolist()[0] == "finished"
-    assert isinstance(table, pd.DataFrame) and len(study.load_history(table["directory"][0])) == 1
-
-
-@pytest.mark.parametrize(
-    "value, text", [(4_020_358.0, "4,020,358"), (0.666, "0.67"), (24, "24"), (1234.5, "1,234.50"), ("depth", "depth")]
-)
-def test_numbers_are_written_as_people_do(value, text):
-    assert study.number(value) == text
+    assert isinstance(table, pd.DataFrame) and len(load_history(table["run_dir"][0])) == 1

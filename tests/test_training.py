@@ -1,50 +1,56 @@
-"""The trainer: recipe, schedule, optimizer, EMA, resuming, faults, and one test per known mistake."""
+"""Training: recipe, schedule, optimizer, EMA, resuming, faults, and one test per known mistake."""
 
 import copy
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
-import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
 
 import filelock
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from conftest import Disturbed
+from kill import end_of
+from limited_memory import RandomImages
+from small import small_config, small_net
 from torch import nn
 
-from effnet_data import load_data
 from effnet_lib import (
     TABLE7,
     EfficientNet,
-    Killed,
     RMSpropTF,
     TrainConfig,
     Trainer,
-    can_compile,
-    ema_pairs,
     evaluate,
     learning_rate,
-    load_trained,
     make_optimizer,
-    read_record,
     round_resolution,
     step_seed,
-    train,
     update_ema,
 )
+from effnet_study.data.load import load_data
+from effnet_study.files import RunLocked
+from effnet_study.machine import can_compile
+from effnet_study.parallel import MICRO_BATCH, Group, ParallelTrainer
+from effnet_study.record import read_record
+from effnet_study.stop import ProcessKilled
+from effnet_study.training import train
+from effnet_study.use import load_trained
 
-TIMES = ("seconds", "images_per_second")
+CPU, HERE = torch.device("cpu"), Path(__file__).parent
 EASY = {"flip": False, "crop_area": 0.8, "dropout": 0.0, "drop_path": 0.0}  # digits in a few dozen steps
 
 
-def untimed(run_dir):
-    rows = [json.loads(line) for line in (run_dir / "history.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+def rows_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "history.jsonl").read_text().splitlines()]
 
 
 def weights(run_dir):
@@ -55,9 +61,9 @@ def weights(run_dir):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-@pytest.mark.parametrize("epochs", [1, 35, 350])
+@pytest.mark.parametrize("epochs", [1, 20])
 def test_the_learning_rate_peaks_once_and_ends_near_zero(schedule, epochs):
-    config = TrainConfig(schedule=schedule, epochs=epochs, lr=0.1, warmup=0.1)
+    config = TrainConfig(schedule=schedule, epochs=epochs, lr=0.1, warmup_fraction=0.1)
     steps = 400 * epochs
     lr = [learning_rate(config, (step + 0.5) / steps) for step in range(steps)]
     assert max(lr) == pytest.approx(0.1, rel=0.01)
@@ -69,29 +75,29 @@ def test_the_learning_rate_peaks_once_and_ends_near_zero(schedule, epochs):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"epocs": 3}, "unknown training setting 'epocs'.*Did you mean 'epochs'"),
-        ({"lr": "1e-3"}, "lr: expected float, got '1e-3'; in YAML write 1.0e-3"),
-        ({"lr": 0.0}, "lr: .*above 0, got 0.0"),
-        ({"lr": float("nan")}, "lr"),
-        ({"flip": "false"}, "flip: expected bool, got 'false'"),
-        ({"epochs": True}, "epochs: expected int"),
-        ({"epochs": 0}, "epochs: .*at least 1, got 0"),
-        ({"batch_size": 1.5}, "batch_size: expected int"),
-        ({"dropout": 1.0}, "dropout"),
-        ({"compile": True}, "compile: expected str, got True"),
-        ({"compile": "allways"}, "unknown compile 'allways'.*Did you mean 'always'"),
-        ({"optimizer": "sdg"}, "unknown optimizer 'sdg'.*Did you mean 'sgd'"),
-        ({"batch_size": 4, "accumulation": 5}, "accumulation: expected at most the batch size 4"),
+        ({"epocs": 3}, "unknown setting 'epocs'.*Did you mean 'epochs'"),
+        ({"lr": "1e-3"}, "lr: expected a valid number, got '1e-3'; in YAML write 1.0e-3"),
+        ({"lr": 0.0}, "lr: expected .*greater than 0, got 0.0"),
+        ({"lr": float("nan")}, "lr: expected a finite number, got nan"),
+        ({"flip": "false"}, "flip: expected a valid boolean, got 'false'"),
+        ({"epochs": True}, "epochs: expected a valid integer, got True"),
+        ({"epochs": 0}, "epochs: .*greater than or equal to 1, got 0"),
+        ({"batch_size": 1.5}, "batch_size: expected a valid integer, got 1.5"),
+        ({"dropout": 1.0}, "dropout: expected .*less than 1, got 1.0"),
+        ({"compile": True}, "unknown compile True"),
+        ({"compile": "allways"}, "unknown compile 'allways'. Did you mean 'always'"),
+        ({"optimizer": "sdg"}, "unknown optimizer 'sdg'. Did you mean 'sgd'"),
+        ({"batch_size": 4, "accumulation": 5}, "accumulation: expected at most batch_size 4, got 5"),
     ],
 )
 def test_bad_settings_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig.from_dict(changes)
+        TrainConfig(**changes)
 
 
 def test_a_config_survives_json():
     config = TrainConfig(lr=0.1, epochs=3)
-    assert TrainConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert TrainConfig(**json.loads(json.dumps(dict(config)))) == config
 
 
 def test_rmsprop_is_tensorflows():
@@ -128,20 +134,20 @@ def test_norms_and_biases_are_not_decayed(tiny_model, recipe, optimizer):
 
 
 def test_the_moving_average_follows_weights_and_statistics(tiny_model, recipe):
-    model, config = tiny_model(), recipe(ema_decay=0.9)
-    ema = copy.deepcopy(model)
+    trainer = Trainer(tiny_model(), recipe(ema_decay=0.9), CPU)
+    model, ema = trainer.model, trainer.ema
     with torch.no_grad():
         model.classifier.weight.add_(1)
         model.stem.norm.running_var.add_(1)
         model.stem.norm.num_batches_tracked.add_(7)
     start = ema.classifier.weight.clone()
-    pairs = ema_pairs(ema, model)
-    update_ema(pairs, config, n=10_000)
+    update_ema(*trainer.averaged, 0.9, n=10_000)
     torch.testing.assert_close(ema.classifier.weight, start + 0.1)
     torch.testing.assert_close(ema.stem.norm.running_var, torch.full_like(ema.stem.norm.running_var, 1.1))
-    assert ema.stem.norm.num_batches_tracked == 7
-    update_ema(pairs, config, n=0)  # warm-up: at first it nearly copies
+    update_ema(*trainer.averaged, 0.9, n=0)  # warm-up: at first it nearly copies
     torch.testing.assert_close(ema.classifier.weight, start + 1 - 0.9 * 0.1)
+    trainer.step(torch.randn(12, 3, 16, 16), torch.arange(12) % 10, 0, 0, 10)
+    assert ema.stem.norm.num_batches_tracked == model.stem.norm.num_batches_tracked == 8  # copied, not averaged
 
 
 def test_step_seeds_differ_by_seed_epoch_and_step():
@@ -152,44 +158,74 @@ def test_step_seeds_differ_by_seed_epoch_and_step():
 # ---- a run
 
 
-@pytest.mark.parametrize("optimizer", ["rmsprop", "sgd"])
-def test_a_run_learns_and_leaves_its_record(tmp_path, tiny_model, recipe, optimizer):
-    digits = load_data("digits", size=16, train_per_class=40)
-    config = recipe(epochs=8, optimizer=optimizer, lr={"rmsprop": 0.01, "sgd": 0.03}[optimizer], **EASY)
-    model = tiny_model(**config.model_options())
-    record = train(model, digits, config, tmp_path, about={"method": "tiny", "profile": "test"})
-    assert record == read_record(tmp_path) and record["status"] == "finished"
-    assert 60 < record["test"]["top1"] <= record["test"]["top5"]
-    assert record["method"] == "tiny" and record["config"] == dataclasses.asdict(config)
-    assert record["cost"]["params"] == sum(p.numel() for p in tiny_model().parameters())
-    assert record["dataset"]["counts"] == digits.counts and record["dataset"]["fingerprint"] == digits.fingerprint
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, digits):
+    """The folder of a run that was never interrupted."""
+    run_dir, about = tmp_path_factory.mktemp("whole"), {"method": "tiny", "profile": "test"}
+    train(small_net(), digits, small_config(), run_dir, about=about, device="cpu", tensorboard=False)
+    return run_dir
+
+
+def test_a_run_learns_and_leaves_its_record(whole, digits):
+    record, config = read_record(whole), small_config()
+    assert record["schema"] == 3 and record["status"] == "finished"
+    assert 75 < record["test"]["top1"] < record["test"]["top5"] < 100
+    assert record["method"] == "tiny" and record["profile"] == "test" and record["config"] == dict(config)
+    # 3 x 8 kernels of 5 x 5, and 8 maps of 8 x 8; a matrix of 128 x 10
+    flops = 24 * 25 * 64 + 1280
+    assert record["cost"] == {"params": 600 + 16 + 1290, "flops": flops, "activations": 512 + 10}
+    assert record["dataset"]["counts"] == {"train": 240, "minival": 144, "test": 360}
+    assert record["dataset"]["fingerprint"] == digits.fingerprint
     assert record["versions"]["torch"] == torch.__version__ and record["device"]["type"] == "cpu"
-    assert record["started"] <= record["ended"] and record["peak_memory_bytes"] > 1e8
-    history = untimed(tmp_path)
-    assert [row["epoch"] for row in history] == list(range(1, 9))
+    assert record["peak_memory_bytes"] > 1e8
+    assert (record["dtype"], record["compiled"], record["devices"], record["micro_batch"]) == ("float32", False, 1, 24)
+    begin, end = (datetime.fromisoformat(record[name]) for name in ("started", "ended"))
+    assert abs((end - begin).total_seconds() - record["seconds"]) < 3
+    history = rows_of(whole)
+    assert [row["epoch"] for row in history] == [1, 2, 3]
     assert history[-1]["train_loss"] < history[0]["train_loss"]
-    assert history[-1]["lr"] < 0.01 * config.lr
-    correct = np.load(tmp_path / "test_correct.npy")
-    assert correct.dtype == bool and 100 * correct.mean() == pytest.approx(record["test"]["top1"])
-    start, end = tiny_model().state_dict(), weights(tmp_path)
-    assert not torch.equal(start["classifier.weight"], end["classifier.weight"])
-    assert not torch.equal(start["stem.norm.running_mean"], end["stem.norm.running_mean"])
+    # The rate of an epoch's last step: a cosine from 0.05 after 5 % of warm-up
+    left = [(1 + math.cos(math.pi * ((step - 0.5) / 30 - 0.05) / 0.95)) / 2 for step in (10, 20, 30)]
+    assert [row["lr"] for row in history] == pytest.approx([0.05 * share for share in left])
+    assert record["seconds"] > sum(row["seconds"] for row in history)
+    assert record["images_per_second"] == sorted(row["images_per_second"] for row in history)[1]
+    assert all(0 < 240 / row["images_per_second"] < row["seconds"] for row in history)
+    assert {name: record["minival"][name] for name in ("top1", "loss")} == {
+        name: history[-1][f"minival_{name}"] for name in ("top1", "loss")
+    }
+    start, end = small_net().state_dict(), weights(whole)
+    assert all(not torch.equal(start[name], end[name]) for name in start)
+    left_behind = {path.name for path in whole.iterdir()} - {".lock", ".holder"}
+    assert left_behind == {"run.json", "history.jsonl", "test_correct.npy", "test_predictions.npz"} | {
+        "weights.safetensors"
+    }
 
 
-def test_a_trained_network_can_be_loaded_and_scores_the_same(tmp_path, digits, tiny_model, recipe):
-    record = train(tiny_model(), digits, recipe(), tmp_path)
-    model = load_trained(tmp_path, tiny_model(seed=9))
-    assert evaluate(model, digits, "test", 16)["top1"] == pytest.approx(record["test"]["top1"])
+def test_a_trained_network_answers_as_its_files_say(whole, digits):
+    """Worked out by the network's own output, without `evaluate`."""
+    record, model = read_record(whole), load_trained(whole, small_net(seed=9))
+    ((images, labels),) = digits.eval_batches("test", 16, 500)
+    with torch.no_grad():
+        probability, predicted = model(images).softmax(1).max(1)
+    top5 = model(images).argsort(1)[:, -5:]
+    kept = np.load(whole / "test_predictions.npz")
+    assert (kept["label"] == labels.numpy()).all() and (kept["predicted"] == predicted.numpy()).all()
+    assert (kept["label"] == digits.labels[digits.indices["test"]].numpy()).all()
+    np.testing.assert_allclose(kept["confidence"], probability, atol=1e-3)
+    assert [kept[name].dtype for name in ("label", "predicted", "confidence")] == [np.uint16, np.uint16, np.float16]
+    correct = np.load(whole / "test_correct.npy", allow_pickle=False)
+    assert correct.dtype == bool and (correct == (predicted == labels).numpy()).all()
+    assert record["test"]["top1"] == pytest.approx(100 * (predicted == labels).float().mean().item())
+    assert record["test"]["top5"] == pytest.approx(100 * (top5 == labels[:, None]).any(1).float().mean().item())
     with pytest.raises(FileNotFoundError, match="not committed"):
-        load_trained(tmp_path / "nowhere", model)
+        load_trained(whole / "nowhere", model)
 
 
-def test_the_same_seed_repeats_and_another_differs(tmp_path, digits, tiny_model, recipe):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train(tiny_model(seed), digits, recipe(seed=seed), tmp_path / name)
-    a, b, c = (untimed(tmp_path / name) for name in "abc")
-    assert a == b != c
-    assert all(torch.equal(x, y) for x, y in zip(*(weights(tmp_path / name).values() for name in "ab"), strict=True))
+def test_the_same_seed_repeats_and_another_differs(tmp_path, digits, whole):
+    for seed in (0, 1):
+        train(small_net(seed), digits, small_config(seed=seed), tmp_path / str(seed))
+    assert end_of(tmp_path / "0") == end_of(whole)
+    assert end_of(tmp_path / "1")["history"] != end_of(whole)["history"]
 
 
 class Kill(BaseException):
@@ -205,62 +241,64 @@ def killing(data, epoch, error=Kill):
     return Disturbed(data, fail, epoch, step=1)
 
 
-@pytest.mark.parametrize("optimizer", ["rmsprop", "sgd"])
-def test_a_killed_run_continues_to_the_same_end(tmp_path, digits, tiny_model, recipe, optimizer):
-    config = recipe(optimizer=optimizer, epochs=4)
-    train(tiny_model(), digits, config, tmp_path / "whole")
-    for epoch in (0, 2, 3):
+def test_a_killed_run_continues_to_the_same_end(tmp_path, digits, whole):
+    for epoch in (0, 2, 2):
         with pytest.raises(Kill):
-            train(tiny_model(), killing(digits, epoch), config, tmp_path / "killed")
-        assert read_record(tmp_path / "killed") is None
-    train(tiny_model(seed=5), digits, config, tmp_path / "killed")  # the weights come from the checkpoint
-    assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
-    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert all(torch.equal(whole[key], killed[key]) for key in whole)
-    assert np.array_equal(*(np.load(tmp_path / name / "test_correct.npy") for name in ("whole", "killed")))
+            train(small_net(), killing(digits, epoch), small_config(), tmp_path)
+        assert read_record(tmp_path) is None
+    train(small_net(seed=5), digits, small_config(), tmp_path)  # the weights come from the checkpoint
+    assert end_of(tmp_path) == end_of(whole)
 
 
-def test_a_finished_run_is_not_repeated(tmp_path, digits, tiny_model, recipe):
-    first = train(tiny_model(), digits, recipe(), tmp_path)
-    assert train(tiny_model(), killing(digits, 0), recipe(), tmp_path) == first
+def test_efficientnet_goes_on_bit_for_bit(tmp_path, digits, tiny_model, recipe):
+    """With RMSProp, stochastic depth, every kind of mixed image, and the fast kernels."""
+    config = recipe(epochs=2, batch_size=60, optimizer="rmsprop", lr=0.005, save_steps=1, mixup=0.2, cutmix=0.2)
+    train(tiny_model(), digits, config, tmp_path / "whole")
+    with pytest.raises(Kill):
+        train(tiny_model(), killing(digits, 1), config, tmp_path / "killed")
+    train(tiny_model(seed=5), digits, config, tmp_path / "killed")
+    assert end_of(tmp_path / "killed") == end_of(tmp_path / "whole")
 
 
-def test_how_a_run_is_executed_does_not_make_it_another(tmp_path, digits, tiny_model, recipe):
-    first = train(tiny_model(), digits, recipe(), tmp_path)
-    assert train(tiny_model(), killing(digits, 0), recipe(checkpointing=True, compile="never"), tmp_path) == first
+def test_a_finished_run_is_not_repeated(digits, whole):
+    """Nor does another way to execute it make it another run."""
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    otherwise = small_config(deterministic=True, save_steps=1, save_seconds=9.0, compile="never")
+    for config in (small_config(), otherwise):
+        assert train(small_net(seed=5), killing(digits, 0), config, whole) == read_record(whole)
+    after = {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert {**after, ".holder": None} == {**before, ".holder": None}
 
 
-def test_a_folder_of_another_run_is_refused(tmp_path, digits, tiny_model, recipe):
-    train(tiny_model(), digits, recipe(), tmp_path)
-    with pytest.raises(ValueError, match=r"config lr = 0\.01, now 0\.02 is asked for; delete"):
-        train(tiny_model(), digits, recipe(lr=0.02), tmp_path)
+def test_a_folder_of_another_run_is_refused(whole, digits):
+    with pytest.raises(ValueError, match=r"config lr = 0\.05, now 0\.02 is asked for; delete"):
+        train(small_net(), digits, small_config(lr=0.02), whole)
     with pytest.raises(ValueError, match="config seed"):
-        train(tiny_model(), digits, recipe(seed=1), tmp_path)
+        train(small_net(), digits, small_config(seed=1), whole)
     with pytest.raises(ValueError, match="cost params"):
-        train(tiny_model(num_classes=11), digits, recipe(), tmp_path)
+        train(small_net(num_classes=11), digits, small_config(), whole)
     other = dataclasses.replace(digits, fingerprint="0")
     with pytest.raises(ValueError, match="dataset fingerprint"):
-        train(tiny_model(), other, recipe(), tmp_path)
+        train(small_net(), other, small_config(), whole)
 
 
-def test_a_checkpoint_of_another_config_is_refused(tmp_path, digits, tiny_model, recipe):
+def test_a_checkpoint_of_another_config_is_refused(tmp_path, digits):
     with pytest.raises(Kill):
-        train(tiny_model(), killing(digits, 1), recipe(), tmp_path)
+        train(small_net(), killing(digits, 1), small_config(), tmp_path)
     with pytest.raises(ValueError, match="checkpoint.pt was made with config lr"):
-        train(tiny_model(), digits, recipe(lr=0.02), tmp_path)
+        train(small_net(), digits, small_config(lr=0.02), tmp_path)
 
 
-def test_a_torn_checkpoint_is_told_and_the_run_starts_anew(tmp_path, digits, tiny_model, recipe, capsys):
-    train(tiny_model(), digits, recipe(), tmp_path / "whole")
+def test_torn_checkpoints_are_reported_and_the_run_starts_again(tmp_path, digits, whole, capsys):
     with pytest.raises(Kill):
-        train(tiny_model(), killing(digits, 2), recipe(), tmp_path / "torn")
+        train(small_net(), killing(digits, 2), small_config(), tmp_path)
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-        path = tmp_path / "torn" / name
+        path = tmp_path / name
         path.write_bytes(path.read_bytes()[:-1000])
-    train(tiny_model(), digits, recipe(), tmp_path / "torn")
+    train(small_net(), digits, small_config(), tmp_path)
     said = capsys.readouterr().out
-    assert said.count("is not used: unreadable") == 2 and "torn continues" not in said
-    assert untimed(tmp_path / "torn") == untimed(tmp_path / "whole")
+    assert said.count("is not used: unreadable") == 2 and "continues" not in said
+    assert end_of(tmp_path) == end_of(whole)
 
 
 def test_a_damaged_record_is_named(tmp_path):
@@ -272,99 +310,99 @@ def test_a_damaged_record_is_named(tmp_path):
         read_record(tmp_path)
 
 
-def test_a_failing_run_is_recorded_and_not_run_again(tmp_path, digits, tiny_model, recipe):
+def test_a_failing_run_is_recorded_and_not_run_again(tmp_path, digits):
     with pytest.raises(ArithmeticError, match="in the middle"):
-        train(tiny_model(), killing(digits, 1, ArithmeticError), recipe(), tmp_path)
-    record = train(tiny_model(), digits, recipe(), tmp_path)
+        train(small_net(), killing(digits, 1, ArithmeticError), small_config(), tmp_path)
+    record = train(small_net(), digits, small_config(), tmp_path)
     assert record["status"] == "failed" and "in the middle" in record["error"]
 
 
-def test_divergence_stops_the_run_and_says_where(tmp_path, digits, tiny_model, recipe):
-    model = tiny_model()
-    with torch.no_grad():
-        model.classifier.bias.fill_(float("nan"))
-    record = train(model, digits, recipe(), tmp_path)
-    assert record["status"] == "diverged"
-    assert record["diverged"]["epoch"] == 1 and record["diverged"]["lr"] > 0
-    assert record == read_record(tmp_path)
+def test_a_run_is_held_by_one_process(tmp_path, digits):
+    with filelock.FileLock(tmp_path / ".lock"), ThreadPoolExecutor() as pool:
+        second = pool.submit(train, small_net(), digits, small_config(), tmp_path)
+        with pytest.raises(RunLocked, match="held by another process"):
+            second.result()
+    assert not (tmp_path / "history.jsonl").exists()
 
 
-def test_two_processes_cannot_hold_one_run(tmp_path, digits, tiny_model, recipe):
-    with filelock.FileLock(tmp_path / ".lock"):
-        errors = []
+class Full(nn.Linear):
+    """A classifier that in training runs out of memory at more than `limit` images, after `last` calls that fit."""
 
-        def second():
-            try:
-                train(tiny_model(), digits, recipe(), tmp_path)
-            except RuntimeError as error:
-                errors.append(str(error))
+    def __init__(self, classifier, seen, limit=12, last=0):
+        super().__init__(classifier.in_features, classifier.out_features)
+        self.load_state_dict(classifier.state_dict())
+        self.seen, self.limit, self.last = seen, limit, last
 
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join()
-    assert errors and "held by another process" in errors[0]
+    def __deepcopy__(self, memo):  # the moving average and the count of the cost see through the same eyes
+        return Full(self, self.seen, self.limit, self.last)
 
-
-def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(tmp_path, digits, tiny_model, recipe, capsys):
-    class Limited(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = tiny_model(dropout=0.0, drop_path=0.0)
-
-        def forward(self, x):
-            if self.training and len(x) > 7:
-                raise torch.OutOfMemoryError("simulated")
-            return self.inner(x)
-
-    record = train(Limited(), digits, recipe(), tmp_path)
-    assert record["status"] == "finished" and record["micro_batch"] == 6 and record["config"]["batch_size"] == 24
-    assert "out of memory" in capsys.readouterr().out
-    assert record["dtype"] == "float32" and record["compiled"] is False
-
-
-def test_an_attempt_that_ran_out_of_memory_leaves_no_trace_in_batch_norm(tiny_model, recipe):
-    class Full(nn.Linear):
-        def forward(self, x):
-            if len(x) > 12:
+    def forward(self, x):
+        if self.training and not x.is_meta:
+            if len(x) > self.limit and len(self.seen) >= self.last:
                 raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-            return super().forward(x)
-
-    x, y, ends = torch.randn(24, 3, 16, 16), torch.arange(24) % 10, []
-    for accumulation in (1, 2):  # the first has to find out
-        model = tiny_model()
-        full = Full(model.classifier.in_features, 10)
-        full.load_state_dict(model.classifier.state_dict())
-        model.classifier = full
-        trainer = Trainer(model, recipe(accumulation=accumulation), torch.device("cpu"))
-        trainer.backward(x, y)
-        assert trainer.micro_batch == 12
-        ends.append([*model.buffers(), *(p.grad for p in model.parameters())])
-    assert all(map(torch.equal, *ends))
+            self.seen.append(len(x))
+        return super().forward(x)
 
 
-def test_a_machine_that_gives_way_leaves_the_run_to_be_continued(tmp_path, digits, tiny_model, recipe):
-    def give_way(images):
+def full(seen, **options):
+    model = small_net()
+    model.classifier = Full(model.classifier, seen, **options)
+    return model
+
+
+@pytest.mark.parametrize("limit, fits, accumulation", [(12, 12, 2), (7, 6, 4)])
+def test_an_attempt_that_ran_out_of_memory_leaves_no_trace(tmp_path, digits, capsys, limit, fits, accumulation):
+    record = train(full([], limit=limit), digits, small_config(epochs=1), tmp_path / "found", device="cpu")
+    assert record["status"] == "finished" and record["micro_batch"] == fits and record["config"]["batch_size"] == 24
+    assert capsys.readouterr().out.count("out of memory: going on with micro-batches of") == accumulation // 2
+    asked = small_config(epochs=1, accumulation=accumulation)
+    train(small_net(), digits, asked, tmp_path / "asked", device="cpu")
+    assert end_of(tmp_path / "found") == end_of(tmp_path / "asked")
+
+
+def test_out_of_memory_goes_on_from_the_last_checkpoint(tmp_path, digits, capsys):
+    seen = []
+    train(full(seen, last=5), digits, small_config(epochs=2, save_steps=2), tmp_path, device="cpu")
+    said = capsys.readouterr().out
+    assert "out of memory: going on with micro-batches of 12" in said and "continues in epoch 1 after step 4" in said
+    assert seen[:5] == [24] * 5 and Counter(seen) == {24: 5, 12: 2 * (20 - 4)}
+
+
+def test_a_run_goes_on_with_the_micro_batch_that_fitted(tmp_path, digits):
+    """Also after an interruption, and also if the smaller one was found before the first checkpoint."""
+    with pytest.raises(Kill):
+        train(full([]), killing(digits, 1), small_config(), tmp_path)
+    seen = []
+    assert train(full(seen, limit=24), digits, small_config(), tmp_path)["micro_batch"] == 12
+    assert set(seen) == {12}
+
+
+def test_one_image_that_does_not_fit_is_a_failure(tmp_path, digits):
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        train(full([], limit=0), digits, small_config(), tmp_path)
+    assert read_record(tmp_path) is None  # of the machine, not of the run
+
+
+def test_a_machine_that_fails_leaves_the_run_to_be_continued(tmp_path, digits):
+    def fail(images):
         raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
 
-    config = recipe(save_steps=1)
-    with pytest.raises(Killed, match="ECC error.*run again to go on"):
-        train(tiny_model(), Disturbed(digits, give_way), config, tmp_path)
+    config = small_config(save_steps=1)
+    with pytest.raises(ProcessKilled, match="ECC error.*run again to go on"):
+        train(small_net(), Disturbed(digits, fail), config, tmp_path)
     assert read_record(tmp_path) is None and (tmp_path / "checkpoint.pt").exists()
-    assert train(tiny_model(), digits, config, tmp_path)["status"] == "finished"
+    assert train(small_net(), digits, config, tmp_path)["status"] == "finished"
 
 
-def test_a_run_goes_on_only_in_the_precision_it_was_begun_in(tmp_path, digits, tiny_model, recipe, monkeypatch):
-    def leave(images):
-        raise OSError("the power is gone")
-
-    with pytest.raises(OSError):
-        train(tiny_model(), Disturbed(digits, leave), recipe(), tmp_path)
+def test_a_run_goes_on_only_in_the_precision_it_was_begun_in(tmp_path, digits, monkeypatch):
+    with pytest.raises(OSError, match="in the middle"):
+        train(small_net(), killing(digits, 1, OSError), small_config(), tmp_path)
     with monkeypatch.context() as other_machine:
-        other_machine.setattr("effnet_lib.amp_dtype", lambda precision, device: torch.bfloat16)
-        with pytest.raises(ValueError, match="was begun in float32 and would go on in bfloat16 here"):
-            train(tiny_model(), digits, recipe(), tmp_path)
+        other_machine.setattr("effnet_study.training.amp_dtype", lambda precision, device: torch.bfloat16)
+        with pytest.raises(ValueError, match="was started in float32, but would continue in bfloat16 here"):
+            train(small_net(), digits, small_config(), tmp_path)
     assert read_record(tmp_path) is None
-    assert train(tiny_model(), digits, recipe(), tmp_path)["status"] == "finished"
+    assert train(small_net(), digits, small_config(), tmp_path)["status"] == "finished"
 
 
 def test_without_a_c_compiler_that_is_said_and_nothing_is_compiled(monkeypatch, capsys):
@@ -374,7 +412,7 @@ def test_without_a_c_compiler_that_is_said_and_nothing_is_compiled(monkeypatch, 
 
 
 def run_python(*words, status=0):
-    """What a process of its own prints. It has one thread: with more, sums are taken in another order."""
+    """Return what a process of its own prints. It has one thread: with more, sums are taken in another order."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -382,32 +420,18 @@ def run_python(*words, status=0):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_real_limit_of_memory_halves_the_micro_batch(tmp_path):
-    program = tmp_path / "limited.py"
-    program.write_text("""
-import re, resource
-from pathlib import Path
-import torch
-from effnet_lib import EfficientNet, TrainConfig, Trainer
-
-torch.set_num_threads(1)
-trainer = Trainer(EfficientNet(num_classes=10), TrainConfig(64, batch_size=128), torch.device("cpu"))
-x, y = torch.randn(128, 3, 64, 64), torch.arange(128) % 10
-trainer.step(x[:4], y[:4], 0, 0, 10)  # what torch takes once
-size = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-resource.setrlimit(resource.RLIMIT_AS, (size + 700 * 2**20, resource.RLIM_INFINITY))
-print(trainer.step(x, y, 0, 1, 10).isfinite().item(), trainer.micro_batch)
-""")
-    *said, last = run_python(program).splitlines()
-    finite, micro_batch = last.split()
-    assert finite == "True" and 1 <= int(micro_batch) <= 64
-    assert said[0] == "out of memory: going on with micro-batches of 64"
+    said = run_python(HERE / "limited_memory.py", tmp_path)
+    record = read_record(tmp_path / "limited")
+    assert record["status"] == "finished" and 1 <= record["micro_batch"] <= 64
+    assert said.index("out of memory: going on with micro-batches of 64") > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", TABLE7)
-def test_every_row_of_table_7_trains_within_24_gb_of_a_gpu(method):
+def test_every_row_of_table_7_trains_within_24_gb_of_a_gpu(tmp_path, method):
     total, limit = torch.cuda.get_device_properties(0).total_memory, 24e9
     if total < limit:
         pytest.skip("a GPU of less than 24 GB")
@@ -415,87 +439,67 @@ def test_every_row_of_table_7_trains_within_24_gb_of_a_gpu(method):
     torch.cuda.set_per_process_memory_fraction(limit / total)
     try:
         px = round_resolution(TABLE7[method].resolution)
-        trainer = Trainer(EfficientNet(TABLE7[method]), TrainConfig(px, batch_size=256), torch.device("cuda"))
-        images, labels = torch.randn(256, 3, px, px, device="cuda"), torch.arange(256, device="cuda")
-        assert trainer.step(images, labels, 0, 0, 10).isfinite()
+        config, data = TrainConfig(resolution=px, batch_size=256, epochs=1), RandomImages(256, px, "cuda")
+        assert train(EfficientNet(TABLE7[method]), data, config, tmp_path, device="cuda")["status"] == "finished"
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_scoring_out_of_memory_starts_again_with_half_the_batch(digits, tiny_model):
+def test_scoring_out_of_memory_starts_again_with_half_the_batch(tmp_path, digits, whole):
+    sizes = []
+
     class Limited(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = tiny_model()
+            self.inner = small_net()
 
         def forward(self, x):
-            if len(x) > 50:
+            sizes.append(len(x))
+            if not self.training and len(x) > 64:
                 raise torch.OutOfMemoryError("simulated")
             return self.inner(x)
 
-    limited = Limited()
-    whole = evaluate(limited.inner, digits, "test", 16)
-    assert evaluate(limited, digits, "test", 16)["loss"] == pytest.approx(whole["loss"])
+    limited, expected = train(Limited(), digits, small_config(), tmp_path, device="cpu"), read_record(whole)
+    for name in ("test", "test_raw", "minival"):
+        assert limited[name] == pytest.approx(expected[name], rel=1e-5)
+    assert limited["micro_batch"] == 24  # of training, which had room
+    assert sizes[-8:] == [256, 128, 64, 64, 64, 64, 64, 40]  # the 360 images of test
 
 
-def test_batch_norm_over_all_devices_needs_gpus(tiny_model, recipe):
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with pytest.raises(ValueError, match="sync_norm: torch synchronises batch norm on GPUs only"):
-            Trainer(tiny_model(), recipe(sync_norm=True), torch.device("cpu"))
-    finally:
-        dist.destroy_process_group()
+def test_settings_that_several_processes_cannot_share_are_refused():
+    group = Group(CPU)
+    group.world = 5
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 5 devices, got 24"):
+        ParallelTrainer(small_net(), small_config(), CPU, group)
+    with pytest.raises(ValueError, match="sync_norm: torch synchronises batch norm on GPUs only"):
+        ParallelTrainer(small_net(), small_config(sync_norm=True), CPU, Group(CPU))
 
 
-SHARED = """
-import sys
-import torch
-from effnet_data import load_data
-from effnet_lib import EfficientNet, Scaling, TrainConfig, train
-
-class Limited(torch.nn.Module):
-    # The second process alone has no room for more than so many images at a time, once it has taken ten steps
-    def __init__(self, inner, limit):
-        super().__init__()
-        self.inner, self.limit, self.calls = inner, limit, 0
-
-    def forward(self, x):
-        self.calls += x.device.type == "cpu" and self.training
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        if self.training and self.calls > 10 and rank == 1 and len(x) > self.limit:
-            raise torch.OutOfMemoryError("simulated")
-        return self.inner(x)
-
-torch.manual_seed(0)
-config = TrainConfig(16, epochs=4, batch_size=24, accumulation=2, optimizer="sgd", lr=0.02)
-inner = EfficientNet(Scaling(depth=0.3, width=0.25), 10, stem_stride=1, **config.model_options())
-model = Limited(inner, int(sys.argv[2]))
-train(model, load_data("digits", size=16, train_per_class=12), config, sys.argv[1], device="cpu")
-"""
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "shared_run.py")
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_run_follow_a_single_one(tmp_path):
     """Same data order, same draws, same loss; batch norm sees what it sees with two micro-batches in one process."""
-    (tmp_path / "share.py").write_text(SHARED)
-    run_python(tmp_path / "share.py", tmp_path / "one", 99)
-    run_python(*TORCHRUN, tmp_path / "share.py", tmp_path / "two", 99)
-    one, two = (untimed(tmp_path / name) for name in ("one", "two"))
+    run_python(HERE / "shared_run.py", tmp_path / "one", 99)
+    run_python(*TORCHRUN, tmp_path / "two", 99)
+    one, two = (rows_of(tmp_path / name) for name in ("one", "two"))
     assert [row["train_loss"] for row in two] == pytest.approx([row["train_loss"] for row in one], abs=1e-4)
     record = read_record(tmp_path / "two")
     assert record["status"] == "finished" and record["devices"] == 2 and record["micro_batch"] == 12
     assert read_record(tmp_path / "one")["devices"] == 1
 
 
+@pytest.mark.slow
 def test_one_of_several_processes_out_of_memory_makes_the_next_start_go_on_with_less(tmp_path):
-    (tmp_path / "share.py").write_text(SHARED)
-    command = (*TORCHRUN, tmp_path / "share.py", tmp_path / "run", 6)
-    assert "going on with micro-batches of 6" in run_python(*command, status=1)
+    command = (*TORCHRUN, tmp_path / "run", 6)
+    run_python(*command, status=1)
+    assert (tmp_path / "run" / MICRO_BATCH).read_text() == "6"
     assert read_record(tmp_path / "run") is None  # not failed: it can go on
     assert "continues after epoch 2" in run_python(*command)
     record = read_record(tmp_path / "run")
     assert record["status"] == "finished" and record["micro_batch"] == 6 and record["config"]["batch_size"] == 24
-    assert len(untimed(tmp_path / "run")) == 4 and not (tmp_path / "run" / "micro_batch").exists()
+    assert len(rows_of(tmp_path / "run")) == 4 and not (tmp_path / "run" / MICRO_BATCH).exists()
 
 
 def test_accumulation_gives_the_whole_batchs_gradient(tiny_model, recipe):
@@ -503,24 +507,25 @@ def test_accumulation_gives_the_whole_batchs_gradient(tiny_model, recipe):
     x, y = torch.randn(24, 3, 16, 16), torch.arange(24) % 10
     gradients = []
     for accumulation in (1, 4):
-        trainer = Trainer(tiny_model(), recipe(accumulation=accumulation), torch.device("cpu"))
+        trainer = Trainer(tiny_model(), recipe(accumulation=accumulation), CPU)
         trainer.model.eval()
         gradients.append([trainer.backward(x, y), *(p.grad for p in trainer.model.parameters())])
     for whole, parts in zip(*gradients, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_a_batch_larger_than_the_training_set_is_refused(tmp_path, digits, tiny_model, recipe):
-    with pytest.raises(ValueError, match=r"batch_size: 1000 exceeds the training set's 120 images"):
-        train(tiny_model(), digits, recipe(batch_size=1000), tmp_path)
+def test_a_batch_larger_than_the_training_set_is_refused(tmp_path, digits):
+    with pytest.raises(ValueError, match=r"batch_size: 1000 exceeds the training set's 240 images"):
+        train(small_net(), digits, small_config(batch_size=1000), tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_a_missing_gpu_is_said(tmp_path, digits, tiny_model, recipe):
+def test_a_missing_gpu_is_said(tmp_path, digits):
     with pytest.raises(ValueError, match="finds no CUDA GPU; use 'cpu'"):
-        train(tiny_model(), digits, recipe(), tmp_path, device="cuda")
+        train(small_net(), digits, small_config(), tmp_path, device="cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_learns(tmp_path, tiny_model, recipe, precision):
     """On the CPU, where it is slow but the same code; fp16 goes through the gradient scaler."""
@@ -539,11 +544,11 @@ def test_the_same_model_trains_on_a_gpu(tmp_path, tiny_model, recipe, precision)
     assert record["status"] == "finished" and record["test"]["top1"] > 60
 
 
-def test_networks_are_scored_at_the_resolution_they_were_trained_at(tmp_path, digits, tiny_model, recipe):
+def test_networks_are_scored_at_the_resolution_they_were_trained_at(tmp_path, digits):
     class Watching(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner, self.seen = tiny_model(), set()
+            self.inner, self.seen = small_net(), set()
 
         def forward(self, x):
             self.seen.add((self.training, *x.shape[2:]))
@@ -557,7 +562,7 @@ def test_networks_are_scored_at_the_resolution_they_were_trained_at(tmp_path, di
             return copied
 
     model = Watching()
-    train(model, digits, recipe(resolution=20, epochs=1), tmp_path)
+    train(model, digits, small_config(resolution=20, epochs=1), tmp_path)
     assert model.seen == {(True, 20, 20), (False, 20, 20)}
 
 

@@ -1,0 +1,125 @@
+"""The study's claims: which contrasts each one needs, its outcome, and its words in English."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from effnet_study.analysis.statistics import CONFIDENCE, MARGIN, SAME, claim_outcome
+from effnet_study.methods import parse_method, spoken
+from effnet_study.profile import Profile
+from effnet_study.run import ENDED
+
+AXES = ("depth", "width", "resolution")
+MATCHED = tuple(("compound", f"{axis}_matched") for axis in AXES)  # the headline's contrasts
+
+
+# ---- 1. Claims as data ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement about methods, and the contrasts (target, other) that it needs."""
+
+    key: str
+    title: str
+    pairs: tuple[tuple[str, str], ...]
+    budget: str | None = None  # at which compound scaling is compared: matched, published, x2
+    decides: bool = True  # "target beats other"; else methods are only compared
+
+
+def planned_claims(methods: Iterable[str]) -> list[Claim]:
+    """Return the claims that these methods can say something about, the headline first."""
+    methods = set(methods)
+    times = sorted({m.rpartition("_x")[2] for m in methods if parse_method(m).times}, key=float)
+    budgets = [(f"x{n}", f"at about {n} times the baseline's FLOPs") for n in times]
+    compound = "compound scaling beats each single axis"
+    searched = "compound scaling with searched coefficients beats each single axis"
+    fast = "fast compound scaling compared with compound scaling at matched FLOPs"
+    better = "the searched coefficients beat the published ones"
+    claims = [
+        Claim("compound_matched", f"{compound} at matched FLOPs", MATCHED, "matched"),
+        Claim("compound_published", f"{compound} at the published coefficients", _against("compound"), "published"),
+        *(Claim(f"compound_{x}", f"{compound} {words}", _against("compound", f"_{x}"), x) for x, words in budgets),
+        Claim("fast_compound", fast, (("fast_compound", "compound"),), decides=False),
+        Claim("axes_help", "each single axis improves on the baseline", tuple((axis, "baseline") for axis in AXES)),
+        Claim("searched", searched, _against("compound_searched")),
+        *(
+            Claim(f"searched_{x}", f"{searched} {words}", _against("compound_searched", f"_{x}"))
+            for x, words in budgets
+        ),
+        Claim("searched_vs_published", better, (("compound_searched", "compound"),)),
+    ]
+    return [claim for claim in claims if any(set(pair) <= methods for pair in claim.pairs)]
+
+
+def _against(target: str, suffix: str = "") -> tuple[tuple[str, str], ...]:
+    """Return the contrasts of a target with the three axes, all of one budget."""
+    return tuple((target + suffix, axis + suffix) for axis in AXES)
+
+
+def verdict(profile: Profile, runs: pd.DataFrame, table: pd.DataFrame, searched: Sequence[float] | None = None) -> dict:
+    """Return the content of verdict.json: for each claim, whether all its planned runs have ended, the fewest
+    seeds, the outcome and a sentence per contrast.
+
+    table: of `tables.contrasts`. searched: alpha, beta, gamma that the profile's search found. The outcome is None
+    unless the profile's purpose is evidence and the claim says that one method beats others.
+    """
+    still_open = set(runs.loc[~runs["status"].isin(ENDED), "method"])
+    claims = []
+    for claim in planned_claims(profile.methods):
+        rows = table[table["claim"] == claim.key]
+        if rows.empty:
+            continue
+        methods = {method for pair in claim.pairs for method in pair}
+        complete = methods <= set(profile.methods) and not methods & still_open
+        seeds = int(rows["n"].min()) if len(rows) == len(claim.pairs) else 0
+        outcome = None
+        if profile.purpose == "evidence" and profile.parent is None and claim.decides:
+            outcome = claim_outcome(rows.loc[rows["same_as"].isna(), "outcome"].tolist(), seeds, complete)
+        sentences = [sentence(row) for row in rows.itertuples()]
+        grown = [axis for axis, factor in zip(AXES, searched or (), strict=False) if factor > 1]
+        if claim.key == "searched" and len(grown) == 1:  # the grid holds such points too
+            sentences.append(f"The search gave everything to {grown[0]}, so this is not compound scaling")
+        entry = {"key": claim.key, "title": claim.title, "budget": claim.budget, "complete": complete}
+        claims.append(entry | {"seeds": seeds, "outcome": outcome, "sentences": sentences})
+    head = {"profile": profile.name, "purpose": profile.purpose, "stamp": profile.stamp}
+    return head | {"confidence": CONFIDENCE, "margin": MARGIN, "claims": claims}
+
+
+# ---- 2. Claims in English ------------------------------------------------------------------------------------------
+
+
+def sentence(row) -> str:
+    """Say one row of `tables.contrasts` (a named tuple) in words."""
+    target, other = spoken(row.target), spoken(row.other)
+    if row.outcome == SAME:
+        return f"{target} and {other} are by rounding the same network: nothing is compared"
+    percent = abs(100 * (row.flops_ratio - 1))
+    cost = f"{percent:.{0 if percent >= 1 else 2}f} % {'more' if row.flops_ratio > 1 else 'fewer'} FLOPs"
+    cost = "as many FLOPs" if row.flops_ratio == 1 else cost
+    place = f"{abs(row.difference):.2f} points {'above' if row.difference > 0 else 'below'}"
+    place = "level with" if row.difference == 0 else place
+    interval = f"n = {row.n}, {100 * row.confidence:.3g} % interval {row.low:+.2f} to {row.high:+.2f}"
+    words = f"{target} is {place} {other}, with {cost}: {row.outcome} ({interval if row.n > 1 else 'one seed'})"
+    if isinstance(row.same_as, str):
+        words += f". After rounding, these are the same two networks as {spoken(row.same_as)}, compared once"
+    if not math.isnan(row.paper_difference):
+        words += f". The paper's networks: {row.paper_difference:+.1f}"
+    return words
+
+
+def verdict_lines(found: Mapping) -> list[str]:
+    """Return the claims of verdict.json in Markdown."""
+    if not found["claims"]:
+        return ["No claim has finished runs of two methods that it compares, so there is nothing to decide."]
+    lines = [
+        "Differences of mean test top-1 with Welch's intervals over seeds; those of one claim hold together at 95 %."
+    ]
+    lines.append("")
+    for claim in found["claims"]:
+        outcome = f": {claim['outcome']}" if claim["outcome"] else ""
+        still = "" if claim["complete"] else " (incomplete: methods or runs are missing)"
+        lines += [f"- **{claim['title']}{outcome}**{still}", *(f"  - {words}." for words in claim["sentences"])]
+    return lines

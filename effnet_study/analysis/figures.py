@@ -1,0 +1,324 @@
+"""The figures of the notebooks. Each function draws from tables and returns a matplotlib figure.
+
+TO ADD A FIGURE, write a function here, and a cell in notebooks/05_analysis.ipynb that calls it and saves the figure as
+folder / "figures" / NAME; the cell's metadata needs "alt", its text for people who do not see it. For the README.md of
+the results add NAME to `summary.page`; for the report, to report/report.typ.
+
+Every method has its colour (methods.COLORS). Dots are seeds, a tick is their mean, a bar its 95 % interval.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from effnet_study.analysis.statistics import MARGIN, t_interval
+from effnet_study.files import load_history
+from effnet_study.methods import PAPER_TABLE7, color, figure8_lines, parse_method, spoken, text_color
+from effnet_study.profile import Profile
+from effnet_study.run import Run
+
+GREY, PALE = "#999999", "#e6e6e6"
+CORNERS = {"depth": (0, 0), "width": (1, 0), "resolution": (0.5, math.sqrt(3) / 2)}  # of the search's triangle
+
+
+# ---- 1. Parts of figures -------------------------------------------------------------------------------------------
+
+
+def label_ends(ax, points: Sequence[tuple[float, float, str]]) -> None:
+    """Name points (x, y, method): the baseline below its point, the others in a column, apart from each other."""
+    low, high = ax.get_ylim()
+    ax.set_ylim(low - 0.08 * (high - low), high)
+    gap, last, column = (high - low) * 0.06, -math.inf, max(x for x, *_ in points) * 1.05
+    for x, y, method in sorted(points, key=lambda point: point[1]):
+        style = {"color": text_color(method), "va": "center", "annotation_clip": False}
+        if method == "baseline":
+            ax.annotate(method, (x, y), (0, -12), textcoords="offset points", ha="center", **style)
+        else:
+            last = max(y, last + gap)
+            ax.annotate(spoken(method), (x, y), (column, last), **style)
+
+
+def draw_against_cost(ax, points: Mapping[str, tuple[float, Sequence[float]]], unit: float) -> None:
+    """Draw (cost, top-1 over seeds) of methods: a dot per seed, a tick at the mean, a bar for the 95 % interval, a line
+    for each way of scaling. The x axis is in `unit`s of cost."""
+    means = {method: (cost / unit, *t_interval(scores)) for method, (cost, scores) in points.items()}
+    lines = figure8_lines({method: cost for method, (cost, _) in points.items()})
+    for line in lines:
+        x, y = zip(*(means[method][:2] for method in line), strict=True)
+        ax.plot(x, y, color=color(line[-1]), lw=1, alpha=0.6)
+    # Only the last budget of each line gets a label
+    unnamed, ends = {method for line in lines for method in line[:-1] if parse_method(method).times}, []
+    for method, (x, mean, low, high) in means.items():
+        scores = points[method][1]
+        ax.plot([x] * len(scores), scores, "o", color=color(method), alpha=0.5, mew=0)
+        ax.plot([x, x], [low, high], color=color(method))
+        ax.plot(x, mean, "_", color=color(method), ms=12, mew=2)
+        below = method == "baseline" and len(scores) > 1  # its label goes below its bar
+        if method not in unnamed:
+            ends.append((x, low if below else mean, method))
+    label_ends(ax, ends)
+
+
+def line_styles(table: pd.DataFrame) -> dict[str, str]:
+    """Return the dashes of the methods of Table 7 that share their colour with another one."""
+    styles = {method: "--" for method in table["method"] if method.endswith("_matched")}
+    budgets = {row.method: row.flops for row in table.itertuples() if parse_method(row.method).times}
+    for line in figure8_lines(budgets):
+        styles |= zip(line, ("-", "--", ":", "-.") * len(line), strict=False)
+    return styles
+
+
+def _draw_curve(ax, run_dir: Path, column: str, method: str, **style: object) -> None:
+    """Draw a column of a run's history by epoch."""
+    history = load_history(run_dir)
+    style |= {"color": color(method), "marker": "." if len(history) == 1 else None}
+    ax.plot(history["epoch"], history[column], **style)
+    ax.set_xlabel("epoch")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _draw_by_epochs(ax, table: pd.DataFrame, by: str, value: str, apart: float) -> None:
+    """Draw a value with its interval by epochs of training, a line for each method of the column `by`. Bars stand side
+    by side, each by the factor `apart` to the right of the one before."""
+    groups = table.groupby(by, sort=False)
+    for i, (method, group) in enumerate(groups):
+        x = group["epochs"] * apart ** (i - (len(groups) - 1) / 2)
+        bars = [group[value] - group["low"], group["high"] - group[value]]
+        ax.errorbar(x, group[value], bars, color=color(method), marker="o", label=spoken(method))
+    ax.set_xscale("log", base=2)
+    ax.set_xlabel("epochs of training")
+
+
+def _heading(profile: Profile, done: pd.DataFrame) -> str:
+    return f"{done['data'].iloc[0]}, base {profile.base_resolution} px\n{profile.stamp}"
+
+
+# ---- 2. Runs: Table 7, Figure 8, learning curves -------------------------------------------------------------------
+
+
+def draw_table7(profile: Profile, table: pd.DataFrame, done: pd.DataFrame):
+    """Draw Table 7: a row for each method, ours beside the paper's."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 1.2 + 0.45 * len(table)), sharey=True, width_ratios=(3, 2))
+    for y, row in enumerate(table.itertuples()):
+        shade, scores = color(row.method), done.loc[done["method"] == row.method, "top1"]
+        left.plot(scores, [y] * len(scores), "o", color=shade, alpha=0.5, mew=0)
+        left.plot([row.top1_low, row.top1_high], [y, y], color=shade)
+        left.plot(row.top1, y, "|", color=shade, ms=14, mew=2)
+        right.plot(row.paper_top1, y, "D", color=shade, mfc="white")
+    labels = [f"{spoken(row.method)}\n{row.flops / 1e6:,.1f} M FLOPs" for row in table.itertuples()]
+    left.set_yticks(range(len(table)), labels)
+    left.invert_yaxis()
+    left.set(xlabel="test top-1 (%)", title=_heading(profile, done))
+    right.set(xlabel="ImageNet top-1 (%)", title="The paper's Table 7\none network each")
+    right.locator_params(axis="x", nbins=4)
+    return fig
+
+
+def draw_figure8(profile: Profile, points: Mapping[str, tuple[float, Sequence[float]]], done: pd.DataFrame):
+    """Draw Figure 8, ours beside the paper's. points: of `tables.figure8_points`."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
+    draw_against_cost(left, points, 1e6)
+    left.set(xlabel="FLOPs (million multiply-adds)", ylabel="test top-1 (%)")
+    left.set_title(_heading(profile, done))
+    draw_against_cost(right, {method: (flops, [top1]) for method, (flops, top1) in PAPER_TABLE7.items()}, 1e9)
+    right.set(xlabel="FLOPs (billion multiply-adds)", ylabel="ImageNet top-1 (%)")
+    right.set_title("The paper's Table 7\nas published, one network each")
+    for ax in (left, right):
+        ax.set_xlim(0, ax.get_xlim()[1] * 1.25)
+    return fig
+
+
+def draw_all_curves(profile: Profile, table: pd.DataFrame, done: pd.DataFrame):
+    """Draw training loss and minival top-1 by epoch, a line for each finished run. table: of `tables.table7`."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    styles = line_styles(table)
+    for method, group in done.groupby("method", sort=False):
+        for i, run_dir in enumerate(group["run_dir"]):
+            style = {"ls": styles.get(method, "-"), "alpha": 0.8, "label": None if i else spoken(method)}
+            _draw_curve(left, run_dir, "train_loss", method, **style)
+            _draw_curve(right, run_dir, "minival_top1", method, **style)
+    left.set(ylabel="training loss", title="Training loss")
+    right.set(ylabel="top-1 (%)", title=f"Minival, EMA weights\n{profile.stamp}")
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return fig
+
+
+def draw_learning_curves(*runs: Run):
+    """Draw minival top-1 by epoch, a line for each of these runs that is finished."""
+    fig, ax = plt.subplots(figsize=(5.5, 3))
+    for run in runs:
+        if run.state() == "finished":
+            _draw_curve(ax, run.run_dir, "minival_top1", run.method, label=run.method)
+    ax.set(ylabel="top-1 (%)", title="minival, EMA weights")
+    ax.legend()
+    return fig
+
+
+# ---- 3. Single images, time ----------------------------------------------------------------------------------------
+
+
+def draw_activation_maps(images: Sequence[np.ndarray], truth: Sequence[str], maps: Mapping[str, tuple], title: str):
+    """Draw Figure 7: a row for each image (H, W, 3) of class `truth`, then each method's map under its prediction.
+
+    maps: by method the maps (N, H, W) in [0, 1], and the names of the predicted classes (N,).
+    """
+    columns = len(maps) + 1
+    fig, axes = plt.subplots(len(images), columns, figsize=(1.3 * columns, 1.5 * len(images)), squeeze=False)
+    for ax, image, name in zip(axes[:, 0], images, truth, strict=True):
+        ax.imshow(image)
+        ax.set_title(name[:14], fontsize=7, loc="center", fontweight="bold")
+    for column, (method, (heat, predicted)) in zip(axes.T[1:], maps.items(), strict=True):
+        for ax, image, name, each, guess in zip(column, images, truth, heat, predicted, strict=True):
+            ax.imshow(image, alpha=0.45)
+            ax.imshow(each, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+            ax.set_title(f"{'' if guess == name else 'not '}{guess[:14]}", fontsize=7, loc="center")
+        column[-1].set_xlabel(method.replace("_", "\n"), color=text_color(method), fontsize=8)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[], frame_on=False)
+    fig.suptitle(title, fontsize=8)
+    return fig
+
+
+def draw_per_class(profile: Profile, table: pd.DataFrame):
+    """Draw the difference of each class's top-1 to the baseline's, a row for each method. table: of `per_class`."""
+    gains = table.drop(columns=["class", "baseline"]).sub(table["baseline"], axis="index")
+    fig, ax = plt.subplots(figsize=(9, 1 + 0.5 * gains.shape[1]))
+    ax.axvline(0, color="black", lw=0.8)
+    for y, (method, gain) in enumerate(gains.items()):
+        ax.plot(gain, y + np.linspace(-0.2, 0.2, len(gain)), "o", color=color(method), ms=4, alpha=0.6, mew=0)
+        for index, align, shift in ((gain.idxmin(), "right", -6), (gain.idxmax(), "left", 6)):
+            style = {"textcoords": "offset points", "ha": align, "va": "center", "fontsize": 7}
+            ax.annotate(str(table["class"][index])[:16], (gain[index], y), (shift, 0), **style)
+    ax.set_yticks(range(gains.shape[1]), [spoken(method) for method in gains])
+    ax.invert_yaxis()
+    ax.margins(x=0.15)
+    ax.set(xlabel="difference to the baseline (points)", title=f"Top-1 by class\n{profile.stamp}")
+    return fig
+
+
+def draw_calibration(profile: Profile, table: pd.DataFrame, curves: Mapping[str, pd.DataFrame]):
+    """Draw accuracy against confidence, a line for each method. table, curves: of `table7` and `calibration_table`."""
+    fig, ax = plt.subplots(figsize=(4.6, 4))
+    ax.plot([0, 100], [0, 100], color=GREY, lw=0.8, ls=":")
+    styles = line_styles(table)
+    for method, curve in curves.items():
+        style = {"color": color(method), "label": spoken(method), "ls": styles.get(method, "-")}
+        ax.plot(curve["confidence"], curve["accuracy"], marker=".", **style)
+    ax.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
+    ax.set_title(f"Reliability, mean over seeds\n{profile.stamp}")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
+    return fig
+
+
+def draw_cost_and_speed(profile: Profile, table: pd.DataFrame, done: pd.DataFrame):
+    """Draw training time per image against FLOPs and against activations, with the line of proportional time."""
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    table = table.set_index("method")
+    time = 1000 / table["images_per_second"]
+    for ax, cost, label in zip(axes, ("flops", "activations"), ("FLOPs", "activations"), strict=True):
+        x = table[cost] / 1e6
+        for method in time.index:
+            ax.plot(x[method], time[method], "o", color=color(method))
+        if "baseline" in time.index:
+            ax.plot([0, x.max()], [0, x.max() * time["baseline"] / x["baseline"]], color=GREY, lw=0.8, ls=":")
+        ax.set(xlim=(0, x.max() * 1.4), ylim=(0, None), xlabel=f"{label} (million)")
+        label_ends(ax, [(x[method], time[method], method) for method in time.index])
+    axes[0].set(ylabel="training time per image (ms)")
+    axes[0].set_title(f"{', '.join(done['device'].unique())}\n{profile.stamp}", fontsize=8)
+    return fig
+
+
+# ---- 4. Contrasts, lengths, ablations, the search ------------------------------------------------------------------
+
+
+def draw_contrasts(profile: Profile, contrasts: pd.DataFrame, done: pd.DataFrame):
+    """Draw differences of top-1 with their intervals, a group for each claim, the margin of equality in grey."""
+    places = contrasts.index + 0.6 * pd.factorize(contrasts["claim"])[0]  # a gap between claims
+    fig, ax = plt.subplots(figsize=(6.4, 1 + 0.34 * (places[-1] + 1)))
+    ax.axvspan(-MARGIN, MARGIN, color=PALE, lw=0)
+    ax.axvline(0, color="black", lw=0.8)
+    for y, row in zip(places, contrasts.itertuples(), strict=True):
+        ax.plot([row.low, row.high], [y, y], color=color(row.target))
+        ax.plot(row.difference, y, "o", color=color(row.target), ms=7)
+        ax.plot(row.paper_difference, y, "D", color=color(row.target), mfc="white")
+        ax.annotate(row.outcome, (1.02, y), xycoords=("axes fraction", "data"), va="center")
+    ax.set_yticks(places, [f"{spoken(row.target)} - {spoken(row.other)}" for row in contrasts.itertuples()])
+    ax.set(ylim=(places[-1] + 0.5, -0.5), xlabel="difference of test top-1 (points)")
+    seeds = " to ".join(str(n) for n in sorted({contrasts["n"].min(), contrasts["n"].max()}))
+    ax.set_title(f"{done['data'].iloc[0]}, n = {seeds}\n{profile.stamp}")
+    return fig
+
+
+def draw_lengths(profile: Profile, lengths: pd.DataFrame, contrasts: pd.DataFrame, done: pd.DataFrame):
+    """Draw top-1 against epochs of training, a line for each method; beside it the contrasts at each length."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    right.axhspan(-MARGIN, MARGIN, color=PALE, lw=0)
+    right.axhline(0, color="black", lw=0.8)
+    _draw_by_epochs(left, lengths, "method", "top1", 1.03)
+    _draw_by_epochs(right, contrasts, "other", "difference", 1.06)
+    for ax in (left, right):
+        ax.set_xticks(sorted(lengths["epochs"].unique()), sorted(lengths["epochs"].unique()))
+    left.set(ylabel="test top-1 (%)", title=f"{done['data'].iloc[0]}\n{profile.stamp}")
+    title = "compound minus each matched axis\nintervals of one length: 95 % together"
+    right.set(ylabel="difference (points)", title=title)
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return fig
+
+
+def draw_ablation(profile: Profile, change: str, methods: Iterable[str], whole: pd.DataFrame, done: pd.DataFrame):
+    """Draw top-1 of each method as it is (runs `whole`) and changed (runs `done`), a dot per seed of `done`: scored by
+    the moving average of the weights, and by the weights of the last step."""
+    methods = [method for method in done["method"].unique() if method in set(methods)]
+    fig, axes = plt.subplots(1, 2, figsize=(9, 1.3 + 0.6 * len(methods)), sharey=True, sharex=True)
+    for ax, weights, score in zip(axes, ("moving average", "last step"), ("top1", "raw_top1"), strict=True):
+        for y, method in enumerate(methods):
+            shade, seeds = color(method), set(done.loc[done["method"] == method, "seed"])
+            for table, shift, face in ((whole, -0.13, "white"), (done, 0.13, shade)):
+                values = table.loc[(table["method"] == method) & table["seed"].isin(seeds), score]
+                ax.plot(values, [y + shift] * len(values), "o", color=shade, mfc=face, alpha=0.8)
+                ax.plot(values.mean(), y + shift, "|", color=shade, ms=14, mew=2)
+        ax.set(xlabel="test top-1 (%)", title=f"weights: {weights}")
+    axes[0].set_yticks(range(len(methods)), [spoken(method) for method in methods])
+    axes[0].set_ylim(len(methods) - 0.5, -0.5)
+    key = f"open: as it is; filled: changed. {profile.stamp.capitalize()}"
+    fig.suptitle(f"{done['data'].iloc[0]}: {change}\n{key}", fontsize=8)
+    return fig
+
+
+def draw_search(outcome: pd.DataFrame, title: str):
+    """Draw the candidates' minival top-1 on the constraint surface, a triangle whose corners are the single axes.
+    Candidates without a score are grey. outcome: of `tables.search_outcome`."""
+    from matplotlib.patches import Polygon
+
+    fig, ax = plt.subplots(figsize=(5, 4.4))
+    ax.add_patch(Polygon(list(CORNERS.values()), fill=False, ec=GREY, lw=0.8))
+    for axis, (x, y) in CORNERS.items():
+        style = {"color": text_color(axis), "ha": "center", "va": "bottom" if y else "top"}
+        ax.annotate(f"{axis} alone", (x, y), (0, 22 if y else -22), textcoords="offset points", **style)
+    scored = outcome["status"] == "finished"
+    for row in outcome[outcome["same_as"].isna() & ~scored].itertuples():
+        ax.plot(*_place(row), "o", color="#bbbbbb", mfc="white", ms=5)
+    known = outcome[scored]
+    places = np.array([_place(row) for row in known.itertuples()])
+    dots = ax.scatter(*places.T, c=known["top1"], s=110, cmap="viridis", zorder=3, ec="black", lw=0.5)
+    for place, top1 in zip(places, known["top1"], strict=True):
+        ax.annotate(f"{top1:.1f}", place, (0, 8), textcoords="offset points", ha="center", fontsize=7)
+    best, style = known["top1"].idxmax(), {"ha": "center", "va": "top", "fontsize": 7, "fontweight": "bold"}
+    for row in outcome[outcome["published"] | (outcome.index == best)].itertuples():
+        text = ", ".join(["published"] * bool(row.published) + ["best"] * bool(row.Index == best))
+        ax.annotate(text, _place(row), (0, -7), textcoords="offset points", **style)
+    fig.colorbar(dots, label="minival top-1 (%)", shrink=0.6)
+    ax.set(xlim=(-0.2, 1.2), ylim=(-0.15, 1.05), aspect="equal")
+    ax.set_axis_off()
+    fig.suptitle(title + (" (mean over seeds)" if known["n"].max() > 1 else ""), fontsize=8)
+    return fig
+
+
+def _place(row) -> np.ndarray:
+    """Return a candidate's place in the triangle: the mean of the corners, weighted by what each axis costs."""
+    shares = np.array([math.log(row.alpha), 2 * math.log(row.beta), 2 * math.log(row.gamma)])
+    return shares @ np.array(list(CORNERS.values())) / shares.sum()

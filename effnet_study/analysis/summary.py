@@ -1,0 +1,172 @@
+"""Text for readers: a run in a sentence, and the README.md of a study's results, all in Markdown."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from effnet_study.analysis.claims import verdict_lines
+from effnet_study.analysis.tables import changes_in_words
+from effnet_study.coefficients import describe_search, load_coefficients, searched_coefficients
+from effnet_study.files import RESULTS
+from effnet_study.methods import spoken
+from effnet_study.profile import Profile
+from effnet_study.record import read_record
+
+FIGURES = ["ablation", "figure8", "learning_curves", "time", "cost_speed", "search"]
+FIGURES += ["figure7", "per_class", "calibration"]
+
+
+def describe_run(profile: Profile, record: Mapping) -> str:
+    """Return what a finished run's record says of its scores and its time."""
+    test = record["test"]
+    return (
+        f"**{profile.title}, {record['method']}, seed {record['seed']}:** test top-1 **{test['top1']:.2f} %**, "
+        f"top-5 {test['top5']:.2f} % with the EMA weights after the last epoch "
+        f"({record['test_raw']['top1']:.2f} % with the raw weights), {record['seconds']:,.0f} s at "
+        f"{record['images_per_second']:,.0f} images/s on {record['device']['name']}. *{profile.stamp.capitalize()}.*"
+    )
+
+
+def ablation_lines(profile: Profile, change: str, table: pd.DataFrame) -> list[str]:
+    """Return the table of `ablation` as a Markdown list."""
+    whole = profile.parent
+    if table.empty:
+        return [f"There is nothing to compare: no seed is finished both here and in {whole.name}."]
+    lines = [f"Changed in comparison with [{whole.title}](../{whole.name}/README.md): {change}.", ""]
+    for row in table.itertuples():
+        interval = f"95 % interval {row.low:+.2f} to {row.high:+.2f}"
+        alone = f"one seed; all seeds as it is: {row.all_seeds_as_it_is:.2f}"
+        lines.append(
+            f"- {spoken(row.what)}, {row.weights}: {row.as_it_is:.2f} as it is, {row.changed:.2f} changed: "
+            f"{row.difference:+.2f} points ({interval if row.n > 1 else alone})"
+        )
+    return lines
+
+
+def page(
+    profile: Profile,
+    runs: pd.DataFrame,
+    rows: pd.DataFrame,
+    found: Mapping,
+    ablated: Sequence[str] = (),
+    results: str | Path | None = None,
+) -> str:
+    """Return README.md for the results folder of a profile: what was run, on what, what came out, how to repeat it.
+
+    rows: of `table7`; found: of `verdict`; ablated: of `ablation_lines`. Figures are named that lie in figures/.
+    """
+    study_dir = Path(results or RESULTS) / profile.name
+    sections = [f"# {profile.title}", "", *_about(profile, runs), ""]
+    if ablated:
+        sections += ["## What the change does", "", *ablated, ""]
+    sections += ["## Verdict" if profile.purpose == "evidence" else "## Contrasts", "", *verdict_lines(found), ""]
+    sections += _pictures(study_dir, ["contrasts", "lengths"])
+    sections += ["## Table 7", "", _table7(rows), ""]
+    if searched_coefficients(profile, study_dir):
+        sections += ["## Coefficient search", "", describe_search(load_coefficients(profile, study_dir)), ""]
+    if unplanned := _unplanned(runs):
+        sections += ["## Not as planned", "", *unplanned, ""]
+    sections += _pictures(study_dir, FIGURES)
+    return "\n".join(sections).rstrip("\n") + "\n"
+
+
+def _about(profile: Profile, runs: pd.DataFrame) -> list[str]:
+    """Say what was run, on which images and machines, by which code, and how to repeat it."""
+    done = runs[runs["status"] == "finished"]
+    record = read_record(done["run_dir"].iloc[0])
+    data, versions = record["dataset"], record["versions"]
+    counts = "{train:,} training, {minival:,} minival and {test:,} test images".format(**data["counts"])
+    begin, end = pd.to_datetime(done["started"]).min(), pd.to_datetime(done["ended"]).max()
+    hours, within = done["seconds"].sum() / 3600, (end - begin).total_seconds() / 3600
+    uneven = ", and cannot be compared between processors" if done["device"].nunique() > 1 else ""
+    purpose = f"Purpose: **{profile.stamp}**. {len(done)} of {len(runs)} planned runs are finished."
+    if (parent := profile.parent) is not None:
+        changes = changes_in_words(profile) or "the same recipe"
+        purpose += f" It extends [{parent.title}](../{parent.name}/README.md) ({changes}) and "
+        purpose += "decides no claim by itself."
+    if (protocol := (parent or profile).protocol) is not None:
+        purpose += f" Rules: [protocol](../../report/PROTOCOL.md), study `{protocol.section}`, as fixed in commit "
+        purpose += f"{protocol.commit[:10]}."
+    return [
+        purpose,
+        "",
+        f"- Data: {data['title']}, {counts} of {data['classes']} classes.",
+        f"- Machine: {', '.join(done['device'].unique())}; {hours:.1f} hours of computing within {within:.1f} hours,",
+        f"  {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC.",
+        f"  Other work on the machine makes times longer{uneven}.",
+        f"- Code: {', '.join(str(commit)[:10] for commit in done['commit'].unique())}, Python {versions['python']}, "
+        f"torch {versions['torch']}.",
+        f"- Repeat it: `{profile.command('study')} --results DIR`.",
+    ]
+
+
+def _table7(rows: pd.DataFrame) -> str:
+    """Return Table 7 in Markdown as the results' README.md shows it."""
+    columns = {"method": _named(rows, str)}
+    columns |= {name: rows[name].map("{:.2f}".format) for name in ("d", "w", "r")}
+    columns["px"] = rows["resolution"]
+    costs = {"params": "params", "FLOPs": "flops", "activations": "activations"}
+    columns |= {title: rows[name].map("{:,}".format) for title, name in costs.items()}
+    columns["n"] = rows["n"]
+    columns |= {"top-1 %": _two_decimals(rows["top1"]), "95 % interval": _intervals(rows)}
+    columns |= {"sd": _two_decimals(rows["top1_sd"]), "paper %": _paper(rows)}
+    columns["minutes"] = rows["seconds"].div(60).map("{:.1f}".format)
+    columns["images/s"] = rows["images_per_second"].map("{:,.0f}".format)
+    return pd.DataFrame(columns).to_markdown(index=False, disable_numparse=True)
+
+
+def short_table7(rows: pd.DataFrame) -> str:
+    """Return the published rows of Table 7 in Markdown as the project's README shows them, ours beside the paper's. A
+    gain is the difference to the baseline in points. rows: of `table7`."""
+    published = rows[rows["paper_top1"].notna()]
+    columns = {"method": _named(published, spoken)}
+    columns["FLOPs (million)"] = published["flops"].div(1e6).map("{:,.1f}".format)
+    columns["seeds"] = published["n"]
+    columns |= {"top-1 (%)": _two_decimals(published["top1"]), "95 % interval": _intervals(published)}
+    columns |= {"gain": _gains(published, "top1"), "paper's top-1 (%)": _paper(published)}
+    columns["paper's gain"] = _gains(published, "paper_top1")
+    return pd.DataFrame(columns).to_markdown(index=False, disable_numparse=True, colalign=("left", *["right"] * 7))
+
+
+def _gains(rows: pd.DataFrame, score: str) -> list[str]:
+    """Return each method's gain over the baseline in points. Empty for the baseline, and for all if it is missing."""
+    baseline = rows.set_index("method")[score].get("baseline")
+    known = [baseline is not None and method != "baseline" for method in rows["method"]]
+    return [f"{value - baseline:+.2f}" if shown else "" for value, shown in zip(rows[score], known, strict=True)]
+
+
+def _named(rows: pd.DataFrame, name: Callable[[str], str]) -> list[str]:
+    """Return the methods' names, with the earlier method whose network is the same after rounding."""
+    pairs = zip(rows["method"], rows["same_as"], strict=True)
+    return [name(m) + (f" (same network as {name(same)})" if isinstance(same, str) else "") for m, same in pairs]
+
+
+def _two_decimals(values: pd.Series) -> pd.Series:
+    return values.map("{:.2f}".format, na_action="ignore").fillna("")
+
+
+def _intervals(rows: pd.DataFrame) -> list[str]:
+    return [f"{row.top1_low:.2f} to {row.top1_high:.2f}" if row.n > 1 else "one seed" for row in rows.itertuples()]
+
+
+def _paper(rows: pd.DataFrame) -> pd.Series:
+    return rows["paper_top1"].map("{:.1f}".format, na_action="ignore").fillna("")
+
+
+def _unplanned(runs: pd.DataFrame) -> list[str]:
+    """Name the runs that have not finished, or had to split their batches."""
+    lines = []
+    for (method, status), group in runs[runs["status"] != "finished"].groupby(["method", "status"], sort=False):
+        seeds = f"seed{'s' * (len(group) > 1)} {', '.join(map(str, group['seed']))}"
+        lines.append(f"- {method}, {seeds}: {status}")
+    most = runs["micro_batch"].max()
+    for run in runs[runs["micro_batch"] < most].itertuples():
+        sizes = f"{run.micro_batch:.0f} images at a time instead of {most:.0f}"
+        lines.append(f"- {run.method}, seed {run.seed}: memory was short, so batch norm saw {sizes}")
+    return lines
+
+
+def _pictures(study_dir: Path, names: Sequence[str]) -> list[str]:
+    there = [name for name in names if (study_dir / "figures" / f"{name}.png").exists()]
+    return [line for name in there for line in (f"![{name}](figures/{name}.png)", "")]

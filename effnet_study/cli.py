@@ -1,0 +1,397 @@
+"""The `effnet` command: one function per command. Its docstring is the help; it returns the exit status or None."""
+
+import importlib.util
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+import typer.exceptions
+import yaml
+
+from effnet_lib import VARIANTS, unknown_name
+from effnet_study import progress, speed, use
+from effnet_study import run as runs
+from effnet_study.analysis.recipes import load_pilots
+from effnet_study.coefficients import describe_search, load_coefficients
+from effnet_study.costs import method_costs, network_costs
+from effnet_study.data.decode import DamagedImages
+from effnet_study.data.inspect import describe_data, inspect_data, sample_grid
+from effnet_study.data.load import data_root, load_data
+from effnet_study.data.sources import NAMES
+from effnet_study.execution.notebook import TRY_AGAIN
+from effnet_study.files import write_json
+from effnet_study.machine import choose_device
+from effnet_study.methods import METHOD_NAMES, is_method
+from effnet_study.model_run import plan_model
+from effnet_study.pilot import pilot as train_pilot
+from effnet_study.plan import plan as plan_study
+from effnet_study.plan import print_plan
+from effnet_study.pretrained import TORCHVISION_MODELS
+from effnet_study.profile import load_profile
+from effnet_study.rerun import rerun as rerun_record
+from effnet_study.search import all_candidates, search_holder
+from effnet_study.study import Launcher
+
+BY_NAME = (*VARIANTS, *TORCHVISION_MODELS)
+app = typer.Typer(
+    help="A reproduction study of EfficientNet's compound scaling.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def duration(text: str) -> float:
+    """Return the seconds of 90, 90s, 9m or 1h30m."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
+    if not text or match is None:
+        raise ValueError(f"expected a time such as 90s, 9m or 1h30m, got {text!r}")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def settings(words: Iterable[str]) -> dict[str, object]:
+    """Return NAME=VALUE words as settings, their values read as in a profile."""
+    pairs = [word.partition("=") for word in words]
+    for name, equals, _ in pairs:
+        if not (name and equals):
+            raise ValueError(f"expected NAME=VALUE, such as lr=0.05, got {name + equals!r}")
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
+
+
+# ---- 1. Arguments and options --------------------------------------------------------------------------------------
+
+
+def _option(text: str, metavar: str | None = None, **options: object):
+    return typer.Option(help=text, metavar=metavar, show_default=False, **options)
+
+
+def _argument(metavar: str, text: str | None = None):
+    return typer.Argument(metavar=metavar, help=text, show_default=False)
+
+
+stopping = f"such as 9m: stop in time, with checkpoints and exit status {TRY_AGAIN}; the same command continues"
+trained = "a finished run's folder, or the name of a network, with its ImageNet weights"
+trying = "settings of the recipe, such as lr=0.05, base_resolution=48, or 'baseline={depth: 1, width: 0.35}'"
+
+Name = Annotated[str, _argument("PROFILE", "a name in notebooks/profiles, or a .yaml file")]
+Record = Annotated[str, _argument("RECORD", "a run.json")]
+Changes = Annotated[list[str] | None, _argument("NAME=VALUE", trying)]
+Trained = Annotated[str, _argument("RUN", trained)]
+Files = Annotated[list[str], _argument("IMAGE")]
+Variant = Annotated[Literal[BY_NAME], _argument("MODEL", ", ".join(BY_NAME))]
+Images = Annotated[str, _argument("NAME", ", ".join(NAMES))]
+
+Results = Annotated[Path | None, _option("where results go, instead of results/", "DIR")]
+Again = Annotated[Path, _option("where results go (default: rerun/)", "DIR")]
+Device = Annotated[str | None, _option("cpu or cuda (default: a GPU if there is one)")]
+Retry = Annotated[bool, _option("train again what failed or diverged")]
+Jobs = Annotated[int | None, _option("notebooks at a time (default: one per GPU, on a CPU one per core)", min=1)]
+Threads = Annotated[int | None, _option("CPU threads of each notebook (default: the cores, shared)", min=1)]
+Tensorboard = Annotated[bool, _option("write event files for TensorBoard too, in tensorboard/ of each run's folder")]
+Budget = Annotated[float | None, _option(stopping, "TIME", parser=duration)]
+Watch = Annotated[bool, _option("update the table until all runs have ended")]
+Rounds = Annotated[int, _option("rounds of measurements of 06_throughput (default: 15)")]
+Models = Annotated[bool, _option("instead: cost and speed of b0 to b7 and other networks")]
+Seed = Annotated[int, _option("of the run (default: 0)")]
+Root = Annotated[str | None, _option("where data lies (default: $EFFNET_DATA, else ./data)", "DIR")]
+Size = Annotated[int | None, _option("pixels of a side at which images are stored (default: the data set's own)")]
+Classes = Annotated[int | None, _option("only the first so many classes")]
+Report = Annotated[Path | None, _option("for NAME.json and NAME.png, a grid (default: reports/ in there)", "DIR")]
+Top = Annotated[int, _option("how many classes (default: 5)")]
+Output = Annotated[str | None, _option("NAME.onnx or NAME.pt2 (default: model.onnx in the run's folder)", "FILE")]
+Limit = Annotated[int | None, _option("only so many, drawn at random (default: all 50,000)")]
+
+
+def deadline_of(budget: float | None, alarm: bool = False) -> float | None:
+    """Return the Unix time at which a time budget ends. alarm: interrupt this process then, whatever it does: a
+    compiler, for example, does not look at the clock."""
+    if budget is None:
+        return None
+    if alarm:
+        signal.signal(signal.SIGALRM, _interrupt)
+        signal.setitimer(signal.ITIMER_REAL, budget)
+    return time.time() + budget
+
+
+def check_tensorboard(wanted: bool) -> None:
+    """Raise ValueError if event files are requested but TensorBoard is not installed."""
+    if wanted and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("TensorBoard is not installed; pip install 'effnet-study[tensorboard]'")
+
+
+# ---- 2. A study ----------------------------------------------------------------------------------------------------
+
+executors = (
+    "where notebooks are executed: local, on this machine (default); ray, on the cluster at $RAY_ADDRESS or one of "
+    "this machine alone; slurm, as one array job, queued again when its --time-budget (default: 1h) is up"
+)
+
+
+@app.command()
+def study(
+    profile: Name,
+    results: Results = None,
+    methods: Annotated[list[str] | None, _option("only these methods of the profile")] = None,
+    seeds: Annotated[list[int] | None, _option("only these seeds of the profile")] = None,
+    device: Device = None,
+    retry: Retry = False,
+    analysis: Annotated[bool | None, _option("execute the analysis, or not (default: if a run was trained)")] = None,
+    jobs: Jobs = None,
+    threads: Threads = None,
+    executor: Annotated[Literal["local", "ray", "slurm"], _option(executors)] = "local",
+    tensorboard: Tensorboard = False,
+    time_budget: Budget = None,
+):
+    """Execute all notebooks of a profile."""
+    check_tensorboard(tensorboard)
+    loaded, asked = load_profile(profile), {"methods": methods, "seeds": seeds, "retry": retry, "analysis": analysis}
+    how = {"device": device, "jobs": jobs, "threads": threads, "tensorboard": tensorboard}
+    if executor != "slurm":
+        deadline = deadline_of(time_budget, alarm=True)
+        return Launcher(loaded, results, **asked, **how, executor=executor, deadline=deadline).study()
+    submitted = Launcher(loaded, results, **asked, **how).submit(time_budget or 3600)
+    last = f"; the last one, {submitted[-1].job_id}, waits for the others" if len(submitted) > 1 else ""
+    how_far = loaded.command("status", results)
+    print(f"submitted {len(submitted)} jobs{last}; how far they are: {how_far} --watch")
+
+
+@app.command()
+def status(profile: Name, results: Results = None, watch: Watch = False):
+    """List a profile's runs with state, epochs, scores and time left.
+
+    The states are finished, running, interrupted, failed, diverged, stale, damaged, missing, and waiting for a search.
+    """
+    (progress.watch if watch else progress.print_status)(runs.plan_runs(load_profile(profile), results))
+
+
+@app.command()
+def plan(
+    profile: Name,
+    results: Results = None,
+    device: Device = None,
+    jobs: Jobs = None,
+    threads: Threads = None,
+    seconds: Annotated[float, _option("time to spend on measuring (default: 60)")] = 60,
+):
+    """List the runs that are left to do, with their cost and time here."""
+    place = {"device": device, "jobs": jobs, "threads": threads}
+    print_plan(*plan_study(load_profile(profile), results, **place, seconds=seconds))
+
+
+@app.command()
+def search(
+    profile: Name,
+    results: Results = None,
+    device: Device = None,
+    threads: Threads = None,
+    retry: Retry = False,
+    time_budget: Budget = None,
+):
+    """Search for alpha, beta and gamma on the profile's baseline."""
+    loaded, deadline = load_profile(profile), deadline_of(time_budget, alarm=True)
+    candidates = all_candidates(loaded, results)
+    with progress.live_table(candidates):
+        done = Launcher(loaded, results, device=device, threads=threads, retry=retry, deadline=deadline).search()
+    if not done:
+        return 1 if search_holder(candidates[0].study_dir) is None else TRY_AGAIN
+    found = load_coefficients(loaded, candidates[0].study_dir)
+    print(f"{describe_search(found)} ({found['stamp']})")
+
+
+@app.command()
+def bench(device: Device = None, rounds: Rounds = 15, models: Models = False, results: Results = None):
+    """Time training steps of our B0 and of torchvision's and timm's, side by side."""
+    speed.bench(results, device=device, rounds=rounds, models=models)
+
+
+# ---- 3. Single runs ------------------------------------------------------------------------------------------------
+
+changing = "or PROFILE MODEL; for a model also settings as NAME=VALUE, such as epochs=5"
+
+
+@app.command()
+def train(
+    words: Annotated[list[str] | None, _argument("PROFILE METHOD", changing)] = None,
+    model: Annotated[str | None, _option(f"instead of METHOD: {', '.join(BY_NAME)}")] = None,
+    dataset: Annotated[str | None, _option(f"instead of PROFILE: a profile, or {', '.join(NAMES)}")] = None,
+    pretrained: Annotated[bool, _option("begin with torchvision's ImageNet weights and a new classifier")] = False,
+    freeze: Annotated[bool, _option("train the classifier alone")] = False,
+    resolution: Annotated[int | None, _option("pixels of a model's input (default: the profile's)")] = None,
+    results: Results = None,
+    seed: Seed = 0,
+    tensorboard: Tensorboard = False,
+    time_budget: Budget = None,
+    device: Device = None,
+):
+    """Train one run of a profile, or a network by name, without a notebook."""
+    check_tensorboard(tensorboard)
+    deadline, changes = deadline_of(time_budget), settings(word for word in words or () if "=" in word)
+    changes |= {key: True for key, wanted in (("pretrained", pretrained), ("freeze", freeze)) if wanted}
+    named = [word for word in words or () if "=" not in word] + [word for word in (dataset, model) if word]
+    if len(named) != 2:
+        raise ValueError(
+            "train: expected PROFILE METHOD, or --model NAME --dataset NAME, which mean the same; give one of them, "
+            f"got {' '.join(named)!r}"
+        )
+    dataset, name = named
+    if name in BY_NAME:
+        run = plan_model(name, dataset, results, seed=seed, pixels=resolution, changes=changes)
+    elif changes or resolution:
+        raise ValueError(f"train: {name} is a method and has its profile's recipe; copy the profile to change it")
+    elif not is_method(name):
+        raise unknown_name("method or model", name, [*METHOD_NAMES, *BY_NAME])
+    else:
+        run = runs.Run.plan(dataset, name, seed, results)
+    run.train(load_data(**run.profile.data.given()), device, deadline, tensorboard or None)
+    if os.environ.get("RANK", "0") == "0":  # the first process under torchrun
+        print(f"written to {run.run_dir}")
+
+
+@app.command()
+def pilot(profile: Name, changes: Changes = None, results: Results = None, seed: Seed = 0, device: Device = None):
+    """Train the baseline with changed settings, scored on minival alone."""
+    loaded = load_profile(profile)
+    train_pilot(loaded, settings(changes or ()), results, device, seed)
+    print(load_pilots(loaded, results).to_string(index=False, na_rep="-"))
+
+
+@app.command()
+def rerun(record: Record, results: Again = Path("rerun"), device: Device = None):
+    """Train again what a run.json describes, and compare."""
+    print(rerun_record(record, results, device).to_string(na_rep="-"))
+
+
+# ---- 4. Networks and data ------------------------------------------------------------------------------------------
+
+counted = "b0 to b7, a Table 7 row such as compound, or resnet50, resnet152, densenet201"
+methods_of = "count this profile's methods (NETWORK: some of them), at its baseline, pixels and classes"
+
+
+@app.command()
+def cost(
+    networks: Annotated[list[str] | None, _argument("NETWORK", counted)] = None,
+    profile: Annotated[str | None, _option(methods_of)] = None,
+    by_stage: Annotated[bool, _option("a row for each part, and their sum")] = False,
+    resolution: Annotated[int, _option("pixels at resolution coefficient 1 (default: 224)")] = 224,
+    classes: int = 1000,
+    stem_stride: Literal[1, 2] = 2,
+):
+    """Count parameters, FLOPs (multiply-adds) and activations."""
+    numbers = dict.fromkeys(["params", "flops", "activations"], "{:,}".format)
+    if profile:
+        loaded = load_profile(profile)
+        baseline = f"B0 at depth {loaded.baseline.depth:g}, width {loaded.baseline.width:g}"
+        print(f"{loaded.title}: baseline = {baseline}, {loaded.base_resolution} px; d, w, r multiply it")
+        numbers |= dict.fromkeys([*"dwr", "x baseline", "x compound"], "{:.2f}".format)
+        table = method_costs(loaded, networks)
+    elif networks:
+        table = network_costs(networks, resolution, classes, stem_stride, by_stage)
+    else:
+        raise ValueError(f"cost: expected NETWORK ({counted}) or --profile NAME")
+    print(table.to_string(index=False, formatters=numbers))
+
+
+@app.command()
+def data(name: Images, root: Root = None, size: Size = None, classes: Classes = None, output: Report = None):
+    """Fetch a data set if it is missing, check every image, describe it.
+
+    The exit status is 2 if images are damaged.
+    """
+    try:
+        loaded = load_data(name, root, size=size, classes=classes)
+    except DamagedImages as error:
+        print("\n".join(f"{path}: {reason}" for path, reason in error.files))
+        print(f"{len(error.files)} files cannot be read as an image; repair or remove them")
+        return 2
+    folder = output or data_root(root) / "reports"
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{name}-{len(loaded.classes)}-{loaded.images.shape[1]}px"
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-")
+    facts = inspect_data(loaded)
+    print(describe_data(facts))
+    write_json(folder / f"{stem}.json", facts)
+    sample_grid(loaded).savefig(folder / f"{stem}.png", dpi=150)
+    print(f"  written to {folder / stem}.json and .png")
+    return 2 if facts["cache"] and facts["cache"]["damaged_blocks"] else 0
+
+
+@app.command()
+def predict(network: Trained, files: Files, top: Top = 5, device: Device = None):
+    """Classify images: the likeliest classes with their probabilities.
+
+    The exit status is 2 if a file cannot be read.
+    """
+    outcome = 0
+    for file, answer in use.predict(use.load_classifier(network), files, top, choose_device(device)):
+        if isinstance(answer, Exception):
+            outcome = 2
+            print(f"effnet: {file} cannot be read as an image: {answer}", file=sys.stderr)
+        else:
+            print("\n".join([str(file), *(f"  {100 * share:6.2f} %  {name}" for name, share in answer)]))
+    return outcome
+
+
+@app.command()
+def export(network: Trained, output: Output = None):
+    """Write a trained network as ONNX or torch.export program, verified."""
+    folder = Path(network).parent if network.endswith("run.json") else Path(network)
+    output = output or (folder / "model.onnx" if folder.is_dir() else f"{network}.onnx")
+    difference = use.export(network, output)
+    print(f"written to {output}; its logits differ from the network's by {difference:.1e} of the greatest")
+
+
+@app.command()
+def evaluate(model: Variant, root: Root = None, images: Limit = None, device: Device = None):
+    """Score pretrained weights on ImageNet's validation images."""
+    scores = use.check_on_imagenet(model, root, images=images, device=device)
+    print("{images:,} images: top-1 {top1:.3f} %, top-5 {top5:.3f} %".format(**scores))
+    print("published by torchvision: top-1 {published_top1:.3f} %, top-5 {published_top5:.3f} %".format(**scores))
+
+
+# ---- 5. The command ------------------------------------------------------------------------------------------------
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt("the time is up" if number == signal.SIGALRM else "interrupted")
+
+
+def repeat_options(arguments: Sequence[str]) -> list[str]:
+    """Write `--methods A B` as `--methods A --methods B`, and the same for --seeds: typer takes one value at a time."""
+    repeated, option = [], None
+    for argument in arguments:
+        if argument.startswith("-"):
+            option = argument if argument in ("--methods", "--seeds") else None
+        elif option is not None and repeated[-1] != option:
+            repeated.append(option)
+        repeated.append(argument)
+    return repeated
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the `effnet` command. Return its exit status: 0; 1 if a run or the analysis is not finished; 2 after an
+    error; 75 if it stopped in time, or another process is at work, and the same command continues."""
+    # A scheduler's SIGTERM must reach the kernels as an interrupt; a background shell starts us with SIGINT ignored
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    command, words = typer.main.get_command(app), repeat_options(sys.argv[1:] if arguments is None else arguments)
+    try:  # not command.main(), which turns an interrupt into an exception without its reason
+        with command.make_context("effnet", words) as context:
+            return command.invoke(context) or 0
+    except typer.Exit as end:  # after --help
+        return end.exit_code
+    except (ValueError, OSError, RuntimeError, typer.exceptions.TyperException) as error:
+        words = error.format_message() if isinstance(error, typer.exceptions.TyperException) else str(error)
+        print(f"effnet: {words.replace('Value error, ', '')}", file=sys.stderr)  # pydantic's, in an option's error
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"effnet: {str(error) or 'interrupted'}; the same command continues", file=sys.stderr)
+        return TRY_AGAIN
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)

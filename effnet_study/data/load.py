@@ -1,0 +1,184 @@
+"""Loading a data set: find it, decode its images, split it, and measure its training images.
+
+Data lies in `root`: as given, else $EFFNET_DATA, else data/ in the project's folder. Decoded images are cached in
+$EFFNET_CACHE, else in root/cache.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from effnet_study.data.dataset import ImageData
+from effnet_study.data.decode import BLOCK, SUFFIXES, load_images, provide
+from effnet_study.data.sources import CLASS_COUNTS, DATA_SETS, MINIVAL, TEST, TRAIN, DataSettings, Place, Source
+from effnet_study.files import ROOT, write_json
+from effnet_study.machine import memory
+
+SPLIT_SEED = 0  # of all random choices of images, so that every run sees the same splits
+
+
+def data_root(root: Place = None) -> Path:
+    """Return where data lies: `root` if given, else $EFFNET_DATA, else data/ in the project's folder."""
+    return Path(root or os.environ.get("EFFNET_DATA") or ROOT / "data").expanduser()
+
+
+def class_count(name: str) -> int:
+    """Return how many classes a data set has. For a folder, count them without reading images."""
+    settings = DataSettings(name=name)
+    return CLASS_COUNTS.get(settings.kind) or len(_find(settings, data_root(), download=False).classes)
+
+
+def load_data(name: str, root: Place = None, *, download: bool = True, cache: Place = None, **settings) -> ImageData:
+    """Load a data set: one of NAMES. `settings` are those of DataSettings.
+
+    root: where data lies (default: see `data_root`). download: fetch a missing data set that has a public address.
+    cache: where images are kept decoded (default: $EFFNET_CACHE, else cache/ in root).
+
+    PATH of folder:PATH is absolute, or relative to root or to the working folder.
+
+    Raises ValueError for bad arguments, damaged copies and damaged images (which it names), FileNotFoundError for
+    missing data with the places tried and what to do."""
+    settings, root = DataSettings(name=name, **settings), data_root(root)
+    known = DATA_SETS[settings.kind]
+    settings = settings.replace(size=settings.size or known.size)
+    source = _find(settings, root, download)
+    indices = _split(settings, source)  # so every error in the settings comes before anything is decoded
+    if source.decoded is None:
+        cache = Path(cache or os.environ.get("EFFNET_CACHE") or root / "cache").expanduser()
+        name = _cache_name(settings, source)
+        source.decoded = load_images(source.folder, source.files, settings.size, cache, name)
+    fingerprint, mean, std = _measured(source, indices)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
+        images = torch.from_numpy(source.decoded.images)
+    classes, title = tuple(source.classes[: settings.classes]), known.title or source.folder.name
+    if known.classes and len(classes) < known.classes:
+        title = f"{title} ({len(classes)} classes)"
+    return ImageData(
+        name=settings.name,
+        title=settings.title or title,
+        classes=classes,
+        images=images,
+        labels=torch.tensor(source.labels),
+        indices={split: torch.from_numpy(index) for split, index in indices.items()},
+        fingerprint=fingerprint,
+        mean=torch.tensor(mean),
+        std=torch.tensor(std),
+        decoded=source.decoded,
+        files=[file[0] for file in source.files],
+        streamed=images.nbytes > memory() // 2,
+    )
+
+
+def _cache_name(settings: DataSettings, source: Source) -> str:
+    name = settings.kind
+    if name == "folder":
+        place = hashlib.blake2b(os.fsencode(source.folder.absolute()), digest_size=4).hexdigest()
+        name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', source.folder.name)}-{place}"
+    return name if settings.classes is None else f"{name}-{settings.classes}"
+
+
+def _find(settings: DataSettings, root: Path, download: bool) -> Source:
+    """Find a data set's folder, or fetch it, and read what is in it. Raise an error if the copy is not complete."""
+    known, path = DATA_SETS[settings.kind], Path(settings.name.partition(":")[2]).expanduser()
+    if settings.kind == "folder":
+        tried = [path] if path.is_absolute() else [root / path, path]
+        folder = next((place for place in tried if place.is_dir()), None)
+        if folder is None:
+            raise FileNotFoundError(
+                f"{settings.name}: no such folder; tried {' and '.join(str(place.absolute()) for place in tried)}. "
+                "Put the images there, or set $EFFNET_DATA to the folder that holds it"
+            )
+    elif known.archive is not None:
+        folder = provide(settings.name, known.archive, root, download)
+    else:
+        folder = root / settings.name
+    try:
+        source = known.read(settings, folder)
+    except (OSError, ValueError, LookupError, RuntimeError) as error:
+        if known.archive is None:
+            raise
+        cure = f"delete it, then: effnet data {settings.name}"
+        raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}); {cure}") from None
+    labels, parts = np.array(source.labels), np.array(source.parts)
+    for part, expected in zip((TRAIN, TEST), known.per_class, strict=True):
+        counts = np.bincount(labels[parts == part], minlength=len(source.classes))
+        if expected is not None and (counts != expected).any():
+            label = int((counts != expected).argmax())
+            cure = f"complete the copy, or use only complete classes, the first ones: classes=N, up to {label}"
+            raise FileNotFoundError(
+                f"{folder}: class {source.classes[label]!r} has {counts[label]} images for "
+                f"{'test' if part == TEST else 'train'}, expected {expected}; {cure}"
+            )
+    return source
+
+
+def _split(settings: DataSettings, source: Source) -> dict[str, np.ndarray]:
+    """Return the images of each split, sorted, of the chosen classes. Minival is held out of train."""
+    from sklearn.model_selection import train_test_split
+
+    count, labels, parts = len(source.classes[: settings.classes]), np.array(source.labels), np.array(source.parts)
+    if settings.classes is not None and settings.classes > count:
+        raise ValueError(f"classes: {settings.name} has {count}, got {settings.classes!r}")
+
+    def check(**split: np.ndarray) -> None:
+        for part, index in split.items():
+            if empty := sorted(set(range(count)) - set(labels[index])):
+                kinds = f" (a file that ends in {', '.join(sorted(SUFFIXES))})" if source.folder else ""
+                lacks = f"class {source.classes[empty[0]]!r} has no image in {part}{kinds}"
+                raise ValueError(f"{settings.name}: {lacks}; it needs some in every split")
+
+    def hold_out(part: str, fraction: float) -> list[np.ndarray]:
+        options = {"test_size": fraction, "random_state": SPLIT_SEED, "stratify": labels[train]}
+        try:
+            return train_test_split(train, **options)
+        except ValueError as error:
+            images = f"{settings.name}'s {len(train)} training images"
+            raise ValueError(f"{part}: cannot hold out {fraction} of {images}: {error}") from None
+
+    train, minival, test = (np.flatnonzero((labels < count) & (parts == part)) for part in (TRAIN, MINIVAL, TEST))
+    check(train=train)
+    if not source.test_given:
+        train, test = hold_out("test", settings.test or 0.2)
+        train = np.sort(train)
+    if len(minival):  # train has not been shuffled by a split
+        train = np.random.default_rng(SPLIT_SEED).permutation(train)
+    else:
+        train, minival = hold_out("minival", settings.minival)
+    if settings.train_per_class is not None:
+        train = np.concatenate([train[labels[train] == c][: settings.train_per_class] for c in range(count)])
+    split = {"train": np.sort(train), "minival": np.sort(minival), "test": np.sort(test)}
+    check(**split)
+    return split
+
+
+def _measured(source: Source, split: dict[str, np.ndarray]) -> tuple[str, list[float], list[float]]:
+    """Return the fingerprint of images, labels and split, and mean and standard deviation of the training images per
+    channel. They need all pixels, so the cache keeps them."""
+    digest, labels = hashlib.blake2b(digest_size=16), np.array(source.labels)
+    for part, index in split.items():
+        digest.update(part.encode() + index.astype("<i8").tobytes())
+        digest.update(labels[index].astype("<i8").tobytes())
+    key, notes, images = digest.hexdigest(), source.decoded.notes, source.decoded.images
+    if key not in notes.setdefault("splits", {}):
+        histogram, training = np.zeros((3, 256)), np.zeros(len(images), bool)  # of the levels of each channel
+        training[split["train"]] = True
+        for first in range(0, len(images), BLOCK):
+            block = np.ascontiguousarray(images[first : first + BLOCK])
+            digest.update(block)
+            pixels = block[training[first : first + BLOCK]].reshape(-1, 3)
+            histogram += [np.bincount(channel, minlength=256) for channel in pixels.T]
+        levels, total = np.arange(256.0), histogram.sum(1)
+        mean = histogram @ levels / total
+        std = np.sqrt(np.maximum(histogram @ levels**2 / total - mean**2, 1.0))
+        notes["splits"][key] = [digest.hexdigest(), *(values.astype(np.float32).tolist() for values in (mean, std))]
+        if source.decoded.path is not None:
+            with contextlib.suppress(OSError):  # on a full disk or in a read-only folder they are measured again
+                write_json(source.decoded.path.with_suffix(".json"), notes)
+    return notes["splits"][key]

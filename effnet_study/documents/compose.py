@@ -1,0 +1,240 @@
+"""make report: tables and figures from the runs' records, then README, report, poster and page from these.
+
+    python -m effnet_study.documents.compose [STUDY] [--results DIR] [--output DIR] [--keep-figures]
+
+The profiles that extend the study are part of its documents.
+"""
+
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+import pypandoc
+import segno
+import typer
+import typst
+import yaml
+
+from effnet_study.analysis.statistics import MARGIN
+from effnet_study.analysis.summary import short_table7
+from effnet_study.coefficients import COEFFICIENTS, describe_search, load_coefficients
+from effnet_study.documents.evidence import Study, alternative_texts, load_study, outcome, pilot_table
+from effnet_study.documents.page import build_page
+from effnet_study.documents.scale import build_scale
+from effnet_study.documents.templates import fill_in, listed
+from effnet_study.execution.notebook import run_notebook
+from effnet_study.files import RESULTS, ROOT
+from effnet_study.methods import COLORS, PAPER_TABLE7, color
+from effnet_study.profile import Profile, load_profile
+from effnet_study.record import read_record
+
+DEFAULT = "pocket"  # the study that the committed documents are about
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # the fonts of the figures: typst has no sans-serif font
+BEGIN, END = "<!-- results: made by make report -->", "<!-- results: end -->"
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+# ---- 1. Tables and figures -----------------------------------------------------------------------------------------
+
+
+def make_figures(study: Study) -> dict[str, str]:
+    """Execute 05_analysis for the study and its extensions, where runs are finished, and 00_architecture for the study
+    if its table is missing; two notebooks at a time. Return errors by the name of the study."""
+    tasks = [(each, "05_analysis", {}) for each in (study, *study.extensions) if not each.finished.empty]
+    if not study.has("tables/table7_cost.csv"):  # the first finding, which needs no run
+        tasks.append((study, "00_architecture", {"explorer": False}))
+    with ThreadPoolExecutor(2) as pool:
+        errors = list(pool.map(lambda task: _execute(*task), tasks))
+    return {each.name: error for (each, *_), error in zip(tasks, errors, strict=True) if error}
+
+
+def _execute(study: Study, notebook: str, parameters: Mapping[str, object]) -> str | None:
+    """Execute a notebook for a study. Return why it failed, if it did."""
+
+    def tables() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (study.study_dir / "tables").glob("*")}
+
+    executed, before = study.study_dir / "notebooks" / f"{notebook}.ipynb", tables()
+    new = executed.parent / f"new_{notebook}" / executed.name
+    elsewhere = {} if study.results == RESULTS else {"results": str(study.results)}  # keeps paths of this machine out
+    try:
+        run_notebook(
+            notebook, new, {"profile": study.profile.source or study.name, **elsewhere, **parameters}, threads=1
+        )
+    except RuntimeError as error:
+        return str(error)
+    # If the tables are the same, the old one stays: the images or weights for its Figure 7 may be missing here.
+    if not executed.is_file() or tables() != before:
+        new.replace(executed)
+    shutil.rmtree(new.parent)
+    return None
+
+
+# ---- 2. What the documents get -------------------------------------------------------------------------------------
+
+
+def protocol_sections(name: str) -> dict[str, str]:
+    """Return sections of PROTOCOL.md in typst's markup by their heading: the general ones, and that of the study
+    `name`."""
+    text = (ROOT / "report" / "PROTOCOL.md").read_text(encoding="utf-8")
+    text = re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", text)  # links to files do not work in a PDF
+    sections = {}
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        heading, _, body = section.partition("\n")
+        if not heading.startswith("Study `") or heading == f"Study `{name}`":
+            sections[heading.replace("`", "")] = pypandoc.convert_text(
+                body, "typst", format="gfm", extra_args=["--wrap=none"]
+            )
+    return sections
+
+
+def describe(study: Study) -> dict:
+    """Return the facts of a study for lib.typ: names, progress, claims, what is missing, readable files, the recipe."""
+    paths = [path for kind in ("tables", "figures") for path in study.study_dir.glob(f"{kind}/*")]
+    facts = {
+        "name": study.name,
+        "title": study.profile.title,
+        "stamp": study.profile.stamp,
+        "kind": study.kind,
+        "data": study.data,
+        "images": study.profile.data.name,
+        "planned": len(study.runs),
+        "finished": len(study.finished),
+        "missing": study.missing,
+        "claims": study.claims,
+        "files": sorted(filter(study.has, (path.relative_to(study.study_dir).as_posix() for path in paths))),
+        "record": None,
+        "search": None,
+    }
+    if not study.finished.empty:
+        record = read_record(study.finished["run_dir"].iloc[0])
+        facts["record"] = {name: record[name] for name in ("dataset", "config", "data", "versions")}
+        facts["record"]["commits"] = sorted({str(commit)[:10] for commit in study.finished["commit"]})
+        facts["devices"] = sorted(study.finished["device"].unique())
+        facts["hours"] = float(study.finished["seconds"].sum() / 3600)
+    if study.has(COEFFICIENTS):
+        facts["search"] = describe_search(load_coefficients(study.profile, study.study_dir))
+    return facts
+
+
+def gather(study: Study) -> dict:
+    """Return what lib.typ calls facts: the study, its extensions, the outcome, colours, alternative texts, protocol."""
+    devices = [
+        {"name": path.name, "files": [file.relative_to(path).as_posix() for file in sorted(path.rglob("*.*"))]}
+        for path in sorted(study.results.glob("throughput/*"))
+    ]
+    methods = {*COLORS, *(method for each in (study, *study.extensions) for method in each.profile.methods)}
+    return {
+        "study": describe(study),
+        "extensions": [describe(each) for each in study.extensions],
+        "scale": study.scale,
+        "baseline": {"depth": study.profile.baseline.depth, "width": study.profile.baseline.width},
+        "pilots": pilot_table(study),
+        "throughput": devices,
+        "outcome": outcome(study),
+        "colors": {method: color(method) for method in sorted(methods)},
+        "alt": alternative_texts(),
+        "protocol": protocol_sections(study.name),
+        "repository": yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8")).get("repository-code"),
+        "margin": MARGIN,
+        "paper": {method: {"flops": flops, "top1": top1} for method, (flops, top1) in PAPER_TABLE7.items()},
+    }
+
+
+# ---- 3. The documents ----------------------------------------------------------------------------------------------
+
+
+def compile_typst(
+    source: Path, facts: Mapping, results: Path, figures: str = "pdf", standards: Sequence[str] = ()
+) -> tuple[bytes, int]:
+    """Compile SOURCE.typ. Return the PDF and its number of pages. RuntimeError for typst's warnings, such as an unknown
+    font.
+
+    figures: the format of the figures; the standard "ua-1" refuses all but svg.
+    """
+    inputs = {"facts": json.dumps(facts), "results": results.resolve().as_posix(), "figures": figures}
+    if facts["repository"]:
+        inputs["qr"] = segno.make(facts["repository"], error="m", micro=False).svg_inline(border=2, scale=4)
+    options = {"root": "/", "font_paths": [str(FONTS)], "ignore_system_fonts": True, "sys_inputs": inputs}
+    pdf, warnings = typst.compile_with_warnings(str(source), format="pdf", pdf_standards=list(standards), **options)
+    if warnings:
+        raise RuntimeError("\n".join(f"{source}: {warning.message}" for warning in warnings))
+    return pdf, json.loads(typst.query(str(source), "<pages>", field="value", one=True, **options))
+
+
+def results_block(study: Study) -> str:
+    """Return the README's section of results, in Markdown, between its two marks."""
+    pilots = sum(len(row["scores"]) for row in pilot_table(study))
+    started = [each for each in study.extensions if not each.finished.empty]
+    rows = study.table("table7")
+    values = {"study": study, "outcome": outcome(study), "alt": alternative_texts(), "pilots": pilots}
+    values |= {"table7": None, "hours": None}
+    if rows is not None:
+        published = rows[rows["paper_top1"].notna()]
+        values |= {"table7": short_table7(rows), "hours": published["seconds"].sum() / 3600}
+        values["devices"] = listed(study.finished["device"].unique())
+    return f"{BEGIN}\n{fill_in('readme-template.md', started=started, **values)}{END}"
+
+
+def with_results(readme: str, block: str) -> str:
+    """Replace what is between the two marks in the README's text. ValueError if the marks are missing."""
+    before, mark, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        raise ValueError(f"README.md: expected the lines {BEGIN!r} and {END!r} around the results")
+    return before + block + after
+
+
+def write_all(study: Study, imagenet: Profile, output: Path) -> list[str]:
+    """Write README.md, report/ and poster/ under `output`. Return a line about each document.
+
+    imagenet: the profile whose time and price report/scale.md estimates.
+    """
+    facts, lines = gather(study), []
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (output / "README.md").write_text(with_results(readme, results_block(study)), encoding="utf-8")
+    for name in ("report", "poster"):
+        pdf, pages = compile_typst(ROOT / name / f"{name}.typ", facts, study.results)
+        if name == "poster" and pages != 1:
+            raise RuntimeError(f"poster/poster.typ: expected one page, got {pages}: something on it is too long")
+        (output / name).mkdir()
+        (output / name / f"{name}.pdf").write_bytes(pdf)
+        lines.append(f"{name}/{name}.pdf: {pages} page{'s' * (pages > 1)}")
+    build_page(study, output / "report")
+    build_scale(imagenet, output / "report")
+    return [*lines, "report/index.html", "report/scale.md", "README.md"]
+
+
+@app.command()
+def main(
+    study: Annotated[str, typer.Argument(help="name or file of a profile")] = DEFAULT,
+    results: Annotated[Path, typer.Option(help="folder of results", show_default=False)] = RESULTS,
+    output: Annotated[Path, typer.Option(help="where README.md, report/ and poster/ go", show_default=False)] = ROOT,
+    keep_figures: Annotated[bool, typer.Option("--keep-figures", help="use tables and figures as they are")] = False,
+) -> None:
+    """Make tables and figures from the runs' records, under --results, then README, report, poster and page, under
+    --output. The exit status is 1 if the analysis of a study failed."""
+    profile, results = load_profile(study), results.absolute()
+    failures = {} if keep_figures else make_figures(load_study(profile, results))
+    found = load_study(profile, results, failures)  # with the new tables
+    with tempfile.TemporaryDirectory() as folder:  # so that all documents are replaced, or none
+        lines = write_all(found, load_profile("imagenet"), Path(folder))
+        shutil.rmtree(output / "report" / "notebooks", ignore_errors=True)  # also of studies that are gone
+        shutil.copytree(folder, output, dirs_exist_ok=True)
+    print("\n".join(lines))
+    for each in (found, *found.extensions):
+        for gap in each.missing:
+            print(f"{each.name}, missing: {gap}", file=sys.stderr)
+    if failures:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

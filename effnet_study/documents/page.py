@@ -1,0 +1,166 @@
+"""The page: report/index.html and the executed notebooks as HTML, all readable offline.
+
+The template is report/index-template.html. The page contains its figures, and the libraries that draw its charts.
+Everything is read from results/, so the same results give the same bytes.
+"""
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import altair as alt
+import nbformat
+import pandas as pd
+import pypandoc
+import vl_convert
+from markupsafe import Markup
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbformat import NotebookNode
+from pygments.formatters import HtmlFormatter
+
+from effnet_study.documents.charts import INK, curves, figure8, shape
+from effnet_study.documents.evidence import Study, alternative_texts, outcome
+from effnet_study.documents.templates import fill_in
+from effnet_study.files import load_history
+from effnet_study.methods import PAPER_TABLE7, color, spoken
+
+RUN_FIELDS = ["method", "label", "seed", "flops", "x", "resolution", "top1", "minutes", "device"]
+MATH = re.compile(r"\$[^$\s][^$]*\$")
+FIGURES = {  # of the analysis: a heading and what is to be seen
+    "contrasts": "Differences between the methods, with their intervals",
+    "lengths": "Length of training: accuracy by epochs",
+    "search": "Coefficient search: accuracy of the candidates",
+    "figure7": "Figure 7: where the networks look",
+    "ablation": "What the change of the recipe does",
+}
+
+
+# ---- 1. Results ----------------------------------------------------------------------------------------------------
+
+
+def scored_runs(study: Study) -> pd.DataFrame:
+    """Return the finished runs of a study and of its extensions at other budgets, as Figure 8 shows them: x is in
+    million multiply-adds. Empty if no run of the study is finished."""
+    if study.finished.empty:
+        return study.finished
+    runs = pd.concat([study.finished, *(each.finished for each in study.extensions if each.kind == "budget")])
+    names, labels = [path.name for path in runs["run_dir"]], runs["method"].map(spoken)
+    return runs.assign(run=names, label=labels, x=runs["flops"] / 1e6, minutes=runs["seconds"] / 60)
+
+
+def read_histories(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Read the histories of runs: a row for each epoch with run, method, label, seed, and the columns of history.jsonl.
+    Return what is missing, too. runs: of `scored_runs`."""
+    found, gaps = [pd.DataFrame()], []
+    for row in runs.itertuples():
+        try:
+            history = load_history(row.run_dir)
+            found.append(history.assign(run=row.run, method=row.method, label=row.label, seed=row.seed))
+        except (OSError, ValueError):
+            gaps.append(f"history.jsonl of {row.run} is not there, or damaged.")
+    return pd.concat(found), gaps
+
+
+def draw(study: Study, runs: pd.DataFrame, epochs: pd.DataFrame) -> dict[str, dict]:
+    """Return the specifications of the charts for which there are results, by name.
+
+    runs: of `scored_runs`; epochs: of `read_histories`.
+    """
+    specs, x = {}, "FLOPs ({} multiply-adds)"
+    if len(runs):
+        specs["figure8"] = figure8(runs[RUN_FIELDS], x.format("million"), "test top-1 (%)", f"{study.data}, all runs")
+        paper = pd.DataFrame.from_dict(PAPER_TABLE7, orient="index", columns=["flops", "top1"])
+        paper = paper.reset_index(names="method").assign(label=[*PAPER_TABLE7], x=paper["flops"].to_numpy() / 1e9)
+        specs["paper"] = figure8(paper, x.format("billion"), "ImageNet top-1 (%)", "The paper's Table 7")
+    if len(epochs):
+        specs["train_loss"] = curves(epochs, "train_loss", f"{study.data}: training loss by epoch")
+        specs["minival_top1"] = curves(epochs, "minival_top1", f"{study.data}: minival top-1 by epoch")
+    return specs
+
+
+def embed_figures(study: Study) -> list[dict[str, str]]:
+    """Return the figures of the analysis that exist, of the study and its extensions: title, alternative text, and
+    address, which contains the picture."""
+    found = []
+    for name, title in FIGURES.items():
+        for each in (study, *study.extensions):
+            path = each.study_dir / "figures" / f"{name}.svg"
+            if path.is_file():
+                address = f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
+                about = "" if each is study else f"{each.profile.title}: "
+                found.append({"title": about + title, "alt": alternative_texts().get(name, title), "address": address})
+    return found
+
+
+# ---- 2. Notebooks --------------------------------------------------------------------------------------------------
+
+
+def render_markdown(text: str) -> str:
+    """Convert Markdown to HTML. Pandoc converts formulas: MathML needs neither script nor network."""
+    if MATH.search(text):
+        options = {"format": "gfm+tex_math_dollars", "extra_args": ["--mathml", "--wrap=none"]}
+        return pypandoc.convert_text(text, "html", **options)
+    return MarkdownWithMath(renderer=IPythonRenderer(escape=False, exclude_anchor_links=True)).render(text)
+
+
+def heading(cell: NotebookNode) -> str | None:
+    """Return the last heading of a markdown cell, without its marks."""
+    found = re.findall(r"^#{1,6} +(.+?)\s*$", cell["source"], re.MULTILINE) if cell["cell_type"] == "markdown" else []
+    return found[-1] if found else None
+
+
+def convert(path: Path) -> tuple[str, str]:
+    """Return the title of an executed notebook, and its body in HTML. Pictures get their cell's alternative text, or
+    the heading above."""
+    book = nbformat.read(path, as_version=4)
+    above = title = heading(book["cells"][0]) or path.stem
+    for cell in book["cells"]:
+        above = heading(cell) or above
+        for output in cell.get("outputs", []):
+            alternative = cell["metadata"].get("alt", f"Figure: {above}")
+            output.get("metadata", {}).setdefault("image/png", {}).setdefault("alt", alternative)
+    # clean_html would clean what Pygments made, and takes longer than everything else.
+    filters = {"markdown2html": render_markdown, "clean_html": lambda code: code}
+    hidden = {"exclude_input_prompt": True, "exclude_output_prompt": True}
+    return title, HTMLExporter(template_name="basic", filters=filters, **hidden).from_notebook_node(book)[0]
+
+
+def write_notebooks(study: Study, output: Path) -> list[dict[str, str]]:
+    """Write OUTPUT/notebooks/{STUDY,DEVICE}/*.html, without the notebooks of single runs. Return address, group and
+    title of each."""
+    pygments = [Markup(HtmlFormatter(style=name).get_style_defs(".highlight")) for name in ("default", "github-dark")]
+    folders = {each.name: each.study_dir / "notebooks" for each in (study, *study.extensions)}
+    folders |= {path.name: path for path in sorted(study.results.glob("throughput/*"))}
+    books = []
+    for group, folder in folders.items():
+        for path in sorted(folder.glob("*.ipynb")):
+            if "_seed" in path.name or ".partial" in path.name:
+                continue
+            title, body = convert(path)
+            books.append({"address": f"notebooks/{group}/{path.stem}.html", "group": group, "title": title})
+            target = output / books[-1]["address"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            about = books[-1] | {"body": Markup(body), "pygments": pygments}
+            target.write_text(fill_in("index-template.html", notebook=about), encoding="utf-8")
+    return books
+
+
+# ---- 3. The page ---------------------------------------------------------------------------------------------------
+
+
+def build_page(study: Study, output: Path) -> None:
+    """Write OUTPUT/index.html and the notebooks under OUTPUT/notebooks."""
+    output.mkdir(parents=True, exist_ok=True)
+    # Vega, Vega-Lite and Vega-Embed, of the version that Altair writes for
+    libraries = vl_convert.javascript_bundle(vl_version=".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2]))
+    runs = scored_runs(study)
+    epochs, gaps = read_histories(runs)
+    specs = draw(study, runs, epochs)
+    # "</script>" in a string would end the element that holds it.
+    packed = Markup(json.dumps(specs, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/"))
+    values = {"study": study, "outcome": outcome(study), "runs": runs, "epochs": epochs, "gaps": gaps, "specs": specs}
+    values |= {"figures": embed_figures(study), "books": write_notebooks(study, output), "packed": packed}
+    values |= {"libraries": Markup(libraries), "color": color, "shape": shape, "ink": INK}
+    (output / "index.html").write_text(fill_in("index-template.html", **values), encoding="utf-8")

@@ -1,0 +1,33 @@
+"""The templates in report/, which Jinja fills in, and what they need to put numbers and names into words."""
+
+import math
+from collections.abc import Iterable
+
+import jinja2
+
+from effnet_study.files import ROOT
+from effnet_study.methods import spoken
+
+
+def number(value: float, form: str = ".2f") -> str:
+    """Format a number, or a dash if there is none."""
+    return format(value, form) if math.isfinite(value) else "–"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Join names as in a sentence: a; a and b; a, b and c."""
+    names = list(names)
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def capital(sentence: str) -> str:
+    """Return a sentence with a capital first letter. The other letters stay."""
+    return sentence[:1].upper() + sentence[1:]
+
+
+def fill_in(template: str, **values: object) -> str:
+    """Return report/TEMPLATE with these values."""
+    loader, escaped = jinja2.FileSystemLoader(ROOT / "report"), jinja2.select_autoescape(["html"])
+    environment = jinja2.Environment(loader=loader, autoescape=escaped, trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {"number": number, "listed": listed, "capital": capital, "spoken": spoken}
+    return environment.get_template(template).render(**values)

@@ -1,0 +1,148 @@
+"""Many notebooks on this machine, one for each GPU or CPU core. Ray's workers and Slurm's jobs use it too."""
+
+import math
+import os
+import queue
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from effnet_study.execution.notebook import run_notebook
+from effnet_study.files import holder_of
+from effnet_study.machine import gpu_count, memory
+from effnet_study.profile import Profile
+from effnet_study.stop import Interrupted, ProcessKilled
+
+STARTING = 20  # seconds: with less time left, a study starts no further notebook
+RETRIES = 2  # further attempts at a notebook whose process was killed; a notebook that fails by itself gets none
+
+
+@dataclass(frozen=True)
+class Execution:
+    """A notebook to be executed."""
+
+    about: str  # what to print when it starts
+    notebook: str
+    output: Path
+    parameters: Mapping[str, object]
+    run_dir: Path | None = None  # the folder that its process locks
+
+
+def plan_workers(
+    count: int, profile: Profile, device: str | None, jobs: int | None = None, threads: int | None = None
+) -> tuple[int, int | None, int]:
+    """Return how many of `count` notebooks to execute here at a time, the CPU threads of each (None: torch's own), and
+    the GPUs of each.
+
+    There is one for each GPU, or for each group of the profile's `devices`. On a CPU there is one for each core, if
+    each has 4 GiB of memory: one thread in each of two processes does more than two threads in one.
+    """
+    gpus, cores = gpu_count(device), torch.get_num_threads()
+    processes = gpus_per_run(profile, gpus)
+    if jobs is None:
+        jobs = max(1, min(gpus // processes, count) if gpus else min(cores // processes, count, memory() // 2**32))
+    if threads is None and (not gpus or jobs > 1):
+        threads = max(1, cores // (jobs * processes))
+    return jobs, threads, processes if gpus else 0
+
+
+def gpus_per_run(profile: Profile, gpus: int) -> int:
+    """Return how many processes a run of this profile has on a machine with so many GPUs."""
+    return max(1, gpus) if profile.devices == "auto" else profile.devices
+
+
+def execute(
+    executions: Sequence[Execution],
+    jobs: int,
+    threads: int | None = None,
+    gpus: int = 0,
+    *,
+    stop: Path | None = None,
+    **options: object,
+) -> bool:
+    """Execute notebooks on this machine, `jobs` at a time, and return whether all succeeded. See `side_by_side`.
+
+    gpus: how many each has for itself if there are several jobs. threads, stop and further options: as in
+    `run_notebook`.
+    """
+    free = queue.SimpleQueue()
+    for environment in _environments(jobs, gpus):
+        free.put(environment)
+    with tempfile.TemporaryDirectory() as folder:
+        stop = stop or Path(folder) / "stop"
+
+        def in_turn(execution: Execution) -> bool:
+            environment = free.get()
+            try:
+                return attempt(execution, stop=stop, threads=threads, environment=environment, **options)
+            finally:
+                free.put(environment)
+
+        return side_by_side(in_turn, executions, jobs, stop)
+
+
+def side_by_side(call: Callable[[Execution], bool], executions: Sequence[Execution], jobs: int, stop: Path) -> bool:
+    """Execute notebooks by `call`, `jobs` at a time, and return whether all succeeded.
+
+    An interrupt of this process, or an error of a call such as Interrupted, creates the file `stop`. It is raised when
+    all calls that were under way have ended.
+    """
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(call, execution) for execution in executions]
+        try:
+            return all([future.result() for future in futures])
+        except BaseException:
+            stop.touch()
+            pool.shutdown(wait=False, cancel_futures=True)  # leaving the block waits for the calls under way
+            raise
+
+
+def _environments(jobs: int, gpus: int) -> list[dict[str, str]]:
+    """Return the environment of each of `jobs` processes: GPUs of its own, or shared ones if there are too few."""
+    if jobs == 1 or gpus == 0:
+        return [{}] * jobs
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(gpu_count())]
+    chosen = [dict.fromkeys(names[(i * gpus + k) % len(names)] for k in range(gpus)) for i in range(jobs)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in chosen]
+
+
+def attempt(execution: Execution, *, stop: Path, deadline: float | None = None, **options: object) -> bool:
+    """Execute a notebook and return whether it succeeded; print why not. Interrupted if there is no time to start it.
+
+    If its process is killed, it is attempted again, and the run goes on from its checkpoint. It is not if a cell
+    fails, or if another process trains its run. options: as in `run_notebook`.
+    """
+    notebook, output, parameters = execution.notebook, execution.output, execution.parameters
+    for left in reversed(range(RETRIES + 1)):
+        if stop.exists() or time.time() + STARTING > (deadline or math.inf):
+            raise Interrupted("too little time is left to start another notebook")
+        holder = wait_until_free(execution.run_dir, 10 if left == RETRIES else 60)
+        left_to = "" if holder is None else f": left to {holder}"
+        print(f"{execution.about}{left_to}\n", end="", flush=True)  # with its line end, since other threads print too
+        if holder is not None:
+            return False
+        try:
+            run_notebook(notebook, output, parameters, stop=stop, deadline=deadline, **options)
+            return True
+        except ProcessKilled as error:
+            print(f"effnet: {error}{'; it is attempted again' if left else ''}", file=sys.stderr, flush=True)
+        except RuntimeError as error:  # RunLocked too
+            print(f"effnet: {error}", file=sys.stderr, flush=True)
+            return False
+    return False
+
+
+def wait_until_free(run_dir: Path | None, seconds: float) -> str | None:
+    """Wait until no process trains a run, for `seconds` at most: a kernel whose papermill was killed takes a moment to
+    end. Return who trains it still."""
+    until = time.monotonic() + seconds
+    while (holder := run_dir and holder_of(run_dir)) is not None and time.monotonic() < until:
+        time.sleep(0.2)
+    return holder

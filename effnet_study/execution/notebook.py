@@ -1,0 +1,159 @@
+"""One notebook: its parameters are checked, and papermill executes it in a process of its own."""
+
+import ast
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from effnet_lib import unknown_name
+from effnet_study.files import NOTEBOOKS, ROOT, RunLocked
+from effnet_study.methods import TRAINED_BY, base_method
+from effnet_study.stop import Interrupted, ProcessKilled
+
+GRACE = 20  # seconds in which a notebook that was asked to stop must end
+TRY_AGAIN = os.EX_TEMPFAIL  # exit status 75: stopped in time, the same command continues
+KILLED = os.EX_SOFTWARE  # exit status 70 of papermill_process.py: the kernel died
+LOCKED = os.EX_UNAVAILABLE  # exit status 69 of papermill_process.py: another process trains the run
+PAPERMILL = Path(__file__).with_name("papermill_process.py")
+
+# ---- 1. Parameters -------------------------------------------------------------------------------------------------
+
+
+def _assignments(source: str) -> dict[str, object]:
+    """Return the NAME = literal lines of a cell."""
+    lines = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
+
+
+def check_parameters(notebook: str, values: Mapping[str, object]) -> dict[str, object]:
+    """Return the defaults in NOTEBOOK's cell tagged "parameters", updated by `values`.
+
+    ValueError if the cell does not declare one of them, or with another type; papermill only warns. A parameter whose
+    default is None takes text or None.
+    """
+    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    declared = next(_assignments("".join(c["source"])) for c in cells if "parameters" in c["metadata"].get("tags", []))
+    for name, value in values.items():
+        if name not in declared:
+            raise unknown_name(f"parameter of {notebook}", name, declared)
+        default = declared[name]
+        allowed = {float: (int, float), type(None): (str, type(None))}.get(type(default), type(default))
+        if not isinstance(value, allowed) or (isinstance(value, bool) and type(default) is not bool):
+            raise ValueError(f"parameter {name} of {notebook}: expected a value like {default!r}, got {value!r}")
+    return declared | dict(values)
+
+
+def check_notebook(notebook: str, namespace: Mapping[str, object]) -> None:
+    """Refuse unknown or ill-typed parameters of this notebook. A notebook's second cell calls it.
+
+    namespace: the notebook's globals(). The names come from the cell that papermill injected, which starts with
+    "# Parameters", so that variables of the notebook itself are never taken for parameters.
+    """
+    injected = [_assignments(cell) for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n")]
+    declared = check_parameters(notebook, injected[-1] if injected else {})
+    values = check_parameters(notebook, {name: namespace[name] for name in declared})
+    if "method" in values and (trained_by := TRAINED_BY[base_method(values["method"])]) != notebook:
+        raise ValueError(f"method {values['method']!r} is trained by {trained_by}, not by {notebook}")
+
+
+# ---- 2. Execution --------------------------------------------------------------------------------------------------
+
+
+def run_notebook(
+    notebook: str,
+    output: Path,
+    parameters: Mapping[str, object],
+    *,
+    threads: int | None = None,
+    stop: Path | None = None,
+    deadline: float | None = None,
+    tensorboard: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Execute notebooks/NOTEBOOK.ipynb into `output`, which appears only if every cell succeeded. What its cells print
+    is printed at once.
+
+    threads: CPU threads of torch (default: all cores). deadline: Unix time before which training stops. tensorboard:
+    training writes event files. environment: further variables of the kernel. An interrupt of this process, or a file
+    that appears at `stop`, stops training; what has not ended GRACE seconds later is killed.
+
+    Raises RuntimeError if a cell failed, and ProcessKilled if the process was killed; the unfinished notebook is then
+    NAME.partial.ipynb. Raises RunLocked if another process trains the run, and Interrupted if training stopped in time,
+    with a checkpoint.
+    """
+    check_parameters(notebook, parameters)
+    unfinished = output.with_suffix(".partial.ipynb")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    arguments = {"input_path": str(NOTEBOOKS / f"{notebook}.ipynb"), "output_path": str(unfinished)}
+    arguments |= {"parameters": dict(parameters), "kernel_name": "python3", "language": "python", "cwd": str(ROOT)}
+    arguments |= {"progress_bar": False, "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}
+    # -P: without it the folder of papermill_process.py, where ray.py lies, would come first among the modules
+    command = [sys.executable, "-P", str(PAPERMILL), json.dumps(arguments), str(os.getpid())]
+    with tempfile.TemporaryDirectory() as folder:
+        stop = stop or Path(folder) / "stop"
+        given = {"OMP_NUM_THREADS": threads, "EFFNET_DEADLINE": deadline, "EFFNET_TENSORBOARD": int(tensorboard)}
+        variables = {name: str(value) for name, value in (given | {"EFFNET_STOP": stop}).items() if value}
+        status = _status_of(command, os.environ | variables | (environment or {}), stop)
+        stopped = stop.exists()
+    if status in (TRY_AGAIN, LOCKED):
+        unfinished.unlink(missing_ok=True)
+        if status == LOCKED:
+            raise RunLocked(f"{notebook} is left to the process that trains its run")
+        raise Interrupted(f"{notebook} stopped in time")
+    if status in (KILLED, -signal.SIGKILL) and not stopped:
+        raise ProcessKilled(f"{notebook}: its process was killed; see {unfinished}")
+    if status != 0:
+        raise RuntimeError(f"{notebook} failed; see {unfinished}")
+    executed = json.loads(unfinished.read_text(encoding="utf-8"))
+    # The paths of this machine are no result
+    executed["metadata"]["papermill"] |= {"input_path": f"{notebook}.ipynb", "output_path": output.name}
+    unfinished.write_text(json.dumps(executed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(output)
+
+
+def _status_of(command: Sequence[str], environment: Mapping[str, str], stop: Path) -> int:
+    """Run a command, print at once what it prints, and return its exit status. An interrupt creates the file `stop`,
+    and is raised when the command has ended."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    pairs = ((process.stdout, "stdout"), (process.stderr, "stderr"))
+    printers = [threading.Thread(target=_print_lines, args=pair, daemon=True) for pair in pairs]
+    for printer in printers:
+        printer.start()
+    try:
+        return _wait(process, stop)
+    except BaseException:
+        stop.touch()
+        _wait(process, stop)
+        raise
+    finally:
+        for printer in printers:  # not longer: a kernel that is about to end may keep the pipes open
+            printer.join(timeout=2)
+
+
+def _print_lines(stream: TextIO, name: str) -> None:
+    """Copy a stream to sys.stdout or sys.stderr as it is at that moment: a table in the terminal replaces both."""
+    for line in stream:
+        print(line, end="", file=getattr(sys, name), flush=True)
+
+
+def _wait(process: subprocess.Popen, stop: Path) -> int:
+    """Return the exit status. Once `stop` exists, the process has GRACE seconds; its kernel ends with it."""
+    asked = math.inf
+    while True:
+        try:
+            return process.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            if stop.exists():
+                asked = min(asked, time.monotonic())
+            if time.monotonic() - asked > GRACE:
+                process.kill()

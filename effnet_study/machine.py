@@ -1,0 +1,147 @@
+"""The machine that a run trains on: device, memory, compiler, versions, and the state of the code."""
+
+import contextlib
+import ctypes
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from effnet_lib import ConvNorm, MBConv
+from effnet_study.files import ROOT
+
+# ---- 1. Device -----------------------------------------------------------------------------------------------------
+
+
+def gpu_count(device: str | torch.device | None = None) -> int:
+    """Count the GPUs to train on. 0 if `device` is the CPU, or the driver is too old for torch."""
+    return 0 if str(device) == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """Return `device`, or a GPU if there is one. ValueError if a GPU is asked for and torch finds none."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {str(device)!r} was asked for, but torch finds no CUDA GPU; use 'cpu'")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or the processor's with the number of threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
+        name = found[1]
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
+
+
+def prepare(device: torch.device, deterministic: bool = False) -> None:
+    """Set up this process for training on a device. deterministic: on a GPU, use only kernels that repeat exactly."""
+    if device.type != "cuda":
+        keep_freed_memory()
+        return
+    torch.backends.cudnn.benchmark = not deterministic  # all batches have one shape
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+# ---- 2. Memory -----------------------------------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what this process frees for its next step. By default it returns large blocks to the system and
+    then fetches every 4 KiB again by a page fault. Without glibc this does nothing."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        for threshold in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, to their greatest value
+            ctypes.CDLL(None).mallopt(threshold, 2**31 - 1)
+
+
+def memory() -> int:
+    """Return the bytes of memory that this process may use: the machine's, or its container's."""
+    least = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            least = min(least, int(Path(limit).read_text()))
+    return least
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return bytes: torch's peak on a GPU since its last reset, on a CPU the peak of the process since its start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.path.exists("/proc/self/status"):  # getrusage would include what the parent held at the fork
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Tell whether an error means that memory ran out. Only a GPU's allocator has its own exception. A GPU's libraries,
+    torch's allocator on a CPU and oneDNN have messages alone, some of which may have another cause."""
+    words = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
+    words += ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def machine_failed(error: Exception) -> bool:
+    """Tell whether a GPU, its libraries or the link between processes failed. Another process may continue the run."""
+    words = ("CUDA error", "CUDNN_STATUS", "CUBLAS_STATUS", "NCCL")
+    return isinstance(error, torch.AcceleratorError) or any(word in str(error) for word in words)
+
+
+# ---- 3. Compiler ---------------------------------------------------------------------------------------------------
+
+
+def can_compile() -> bool:
+    """Tell whether torch.compile can work for a GPU: Triton needs a C compiler and Python's headers. Print if not."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler and (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return True
+    print("not compiled, and so slower: torch.compile needs a C compiler and Python's headers (gcc, python3-dev)")
+    return False
+
+
+def compile_blocks(model: nn.Module, **options) -> None:
+    """Apply torch.compile to stem, blocks and head, one by one. Equal blocks share compiled code, so a deeper network
+    takes no longer. Compilation happens at the first batch. torch keeps the code on disk for other processes."""
+    torch._dynamo.reset()  # what other networks in this process have compiled counts against the limit
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # kinds of blocks, not 8
+    blocks = [module for module in model.modules() if isinstance(module, MBConv)]
+    within = {module for block in blocks for module in block.modules()}
+    ends = [module for module in model.modules() if isinstance(module, ConvNorm) and module not in within]
+    for part in (*ends, *blocks) or (model,):  # a network of another kind in one piece
+        part.compile(dynamic=False, **options)
+
+
+# ---- 4. For the record ---------------------------------------------------------------------------------------------
+
+
+def environment(device: torch.device) -> dict:
+    """Return the entries of a record about the machine: device, versions, git."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["torchvision"] = importlib.metadata.version("torchvision")
+    versions["cuda"] = torch.version.cuda if device.type == "cuda" else None
+    return {"device": {"type": device.type, "name": device_name(device)}, "versions": versions, "git": git_state()}
+
+
+def git_state(root: Path = ROOT) -> dict:
+    """Return the commit of this project's checkout, and whether its code differs from it. Where there is no checkout,
+    as in a container, $EFFNET_COMMIT names the commit."""
+    git, ran = ["git", "-C", str(root)], {"capture_output": True, "text": True, "check": True}
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **ran).stdout.strip()
+        changes = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"]
+        return {"commit": commit, "dirty": bool(subprocess.run(changes, **ran).stdout)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": os.environ.get("EFFNET_COMMIT") or None, "dirty": None}

@@ -1,0 +1,172 @@
+"""Networks by name, and torchvision's ImageNet weights for them.
+
+b0 to b7 are ours (effnet_lib). A few other networks are torchvision's, so that they can be trained by the same recipe.
+"""
+
+import hashlib
+import re
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from effnet_lib import VARIANTS, EfficientNet, efficientnet, unknown_name
+
+# RGB in [0, 1], as pretrained weights expect it
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Other networks, from torchvision, and the name of their first convolution, whose stride is the stem's
+TORCHVISION_MODELS = {"resnet50": "conv1", "resnet152": "conv1", "densenet201": "features.conv0"}
+
+Weights = str | Path | Mapping[str, Tensor]  # a state dict with torchvision's names, or the path of a file that has one
+
+
+def create_model(
+    name: str, num_classes: int = 1000, *, pretrained: bool | Weights = False, new_head: bool = False, **options
+) -> nn.Module:
+    """Build b0 to b7, or one of TORCHVISION_MODELS, by name. `options` are those of `EfficientNet`.
+
+    pretrained: True for torchvision's ImageNet weights, or other weights with torchvision's names.
+    new_head: with pretrained, keep a new classifier, for other classes than those of the weights.
+    ValueError if the weights do not fit; FileNotFoundError if the ImageNet weights cannot be fetched."""
+    check_name(name)
+    weights = imagenet_weights(name) if pretrained is True else None if pretrained is False else pretrained
+    if name not in VARIANTS:
+        return _torchvision_model(name, num_classes, weights, new_head, **options)
+    model = efficientnet(name, num_classes, **options)
+    if weights is not None:
+        _load(model, {_our_name(key): value for key, value in _read(weights).items()}, "classifier", new_head)
+        set_torchvision_eps(model)
+    return model
+
+
+def _torchvision_model(
+    name: str,
+    num_classes: int,
+    weights: Weights | None,
+    new_head: bool,
+    *,
+    stem_stride: int = 2,
+    dropout: float = 0.0,
+    norm_momentum: float = 0.1,
+    se_expanded: bool = False,
+    drop_path: float = 0.0,
+    zero_init_residual: bool = False,
+) -> nn.Module:
+    """Build a network of torchvision's. It ignores drop_path and zero_init_residual, which it does not have."""
+    if se_expanded:
+        raise ValueError(f"se_expanded: {name} has no squeeze-and-excitation; leave it out")
+    from torchvision.models import get_model
+
+    model = get_model(name, weights=None)
+    model.get_submodule(TORCHVISION_MODELS[name]).stride = (stem_stride, stem_stride)
+    head, linear = list(model.named_children())[-1]
+    if num_classes != 1000 or new_head:
+        linear = nn.Linear(linear.in_features, num_classes)
+        setattr(model, head, linear)
+    if weights is not None:
+        # The file of DenseNet's weights has older names, which torchvision translates in the same way
+        older = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
+        _load(model, {older.sub(r"\1\2.", key): value for key, value in _read(weights).items()}, head, new_head)
+    if dropout:
+        setattr(model, head, nn.Sequential(nn.Dropout(dropout), linear))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = norm_momentum
+    return model
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for the name of a network that `create_model` does not know."""
+    if name not in VARIANTS and name not in TORCHVISION_MODELS:
+        raise unknown_name("model", name, [*VARIANTS, *TORCHVISION_MODELS])
+
+
+def freeze_backbone(model: nn.Module) -> nn.Module:
+    """Freeze all parts but the last, the classifier. Frozen parts keep their weights and batch norm statistics, and
+    have no dropout, in training too."""
+
+    def rest(part: nn.Module, inputs: tuple) -> None:
+        if part.training:
+            part.eval()
+
+    *backbone, _ = (child for child in model.children() if not isinstance(child, nn.Dropout))
+    for part in backbone:
+        part.requires_grad_(False).register_forward_pre_hook(rest)
+    return model
+
+
+# ---- Weights -------------------------------------------------------------------------------------------------------
+
+
+def published_weights(name: str):
+    """Return torchvision's entry for a network's ImageNet weights: address, preparation of images, accuracy."""
+    check_name(name)
+    from torchvision.models import get_model_weights
+
+    return get_model_weights(f"efficientnet_{name}" if name in VARIANTS else name).DEFAULT
+
+
+def imagenet_weights(name: str) -> Path:
+    """Return torchvision's ImageNet weights as a file in torch's cache ($TORCH_HOME/hub/checkpoints). Fetch it if it is
+    not there; verify its checksum every time. FileNotFoundError says what to do without a network."""
+    url = published_weights(name).url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    expected = path.stem.rpartition("-")[2]  # the name ends in the first digits of its sha256
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), expected, progress=sys.stderr.isatty())
+        except Exception as error:  # of the address, the network or the checksum
+            raise FileNotFoundError(
+                f"the ImageNet weights of {name} are not at {path}, and fetching them failed ({type(error).__name__}: "
+                f"{error}). Put {url} there by hand, or do without pretrained weights"
+            ) from None
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(expected):
+        raise ValueError(f"{path} is damaged: its sha256 begins with {digest[:8]}, expected {expected}; delete it")
+    return path
+
+
+def _read(weights: Weights) -> Mapping[str, Tensor]:
+    if isinstance(weights, Mapping):
+        return weights
+    return torch.load(weights, map_location="cpu", weights_only=True)  # never executes pickled code
+
+
+def _load(model: nn.Module, weights: Mapping[str, Tensor], head: str, new_head: bool) -> None:
+    """Load a state dict with the model's names. new_head: keep the model's own classifier, whose name is `head`."""
+    own = {key: value for key, value in model.state_dict().items() if new_head and key.startswith(f"{head}.")}
+    try:
+        model.load_state_dict({**weights, **own})
+    except RuntimeError as error:
+        first = textwrap.shorten(str(error).splitlines()[1], 200)
+        hint = "to fine-tune on other classes: new_head=True" if f"for {head}." in first else "is it the same network?"
+        raise ValueError(f"weights do not fit: {first} {hint}") from None
+
+
+def set_torchvision_eps(model: EfficientNet) -> None:
+    """Set batch norm's eps, which no state dict carries, as torchvision trained: 1e-3 for b5 to b7, else 1e-5."""
+    large = [(VARIANTS[name].depth, VARIANTS[name].width) for name in ("b5", "b6", "b7")]
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-3 if (model.scaling.depth, model.scaling.width) in large else 1e-5
+
+
+def _our_name(key: str) -> str:
+    """Translate features.0.1.bias to stem.norm.bias, features.4.2.block.3.0.bias to stages.3.2.project.conv.bias."""
+    if key.startswith("classifier.1."):
+        return key.replace("classifier.1.", "classifier.")
+    match = re.fullmatch(r"features\.(\d+)\.(?:(\d+)\.block\.(\d+)\.)?(\w+)\.(\w+)", key)
+    if match is None:
+        return key
+    stage, block, part, layer, leaf = match.groups()
+    if block is None:
+        return f"{'stem' if stage == '0' else 'head'}.{('conv', 'norm')[int(layer)]}.{leaf}"
+    # Blocks of the first stage do not expand, so torchvision numbers their parts from the depthwise one
+    name = ("expand", "depthwise", "se", "project")[int(part) + (stage == "1")]
+    layer = {"fc1": "reduce", "fc2": "expand", "0": "conv", "1": "norm"}[layer]
+    return f"stages.{int(stage) - 1}.{block}.{name}.{layer}.{leaf}"

@@ -1,0 +1,274 @@
+"""Profiles: a study as notebooks/profiles/NAME.yaml describes it: methods, images, recipe, seeds."""
+
+import contextlib
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, model_validator
+
+from effnet_lib import TABLE7, Cost, Positive, Scaling, Settings, TrainConfig, compound_scaling, unknown_name
+from effnet_study.data.sources import CLASS_COUNTS, DataSettings
+from effnet_study.files import NOTEBOOKS, RESULTS
+from effnet_study.methods import (
+    PUBLISHED,
+    base_method,
+    coefficient_grid,
+    match_flops,
+    parse_method,
+    rounded_network,
+    scaled_cost,
+)
+from effnet_study.protocol import Protocol
+
+PURPOSES = {
+    "check": "pipeline check, not evidence",
+    "exploratory": "exploratory: fewer seeds, data or epochs than a claim needs",
+    "evidence": "evidence, by the rules of the protocol",
+}
+OWN = ("extends", "title", "purpose", "methods", "seeds", "train")  # keys of a profile that extends another
+
+
+# ---- 1. Keys of a profile ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _naming(part: str) -> Iterator[None]:
+    """Begin the message of a ValueError with the part of the profile that is wrong."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{part}: {error}") from None
+
+
+def _distinct(values: tuple) -> tuple:
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"expected a list without repetitions, got {list(values)!r}")
+    return values
+
+
+def _read_groups(methods: object) -> object:
+    """Return the groups of a list of methods, or of a list of lists."""
+    if not isinstance(methods, list):
+        return methods
+    groups = methods if methods and all(isinstance(group, list) for group in methods) else [methods]
+    _distinct([str(method) for group in groups for method in group])
+    return tuple(tuple(map(str, group)) for group in groups)
+
+
+def _read_baseline(value: object) -> Scaling:
+    return value if isinstance(value, Scaling) else Scaling(**dict(Baseline.model_validate(_with_names(value))))
+
+
+def _check_recipe(train: Mapping[str, object]) -> None:
+    for key, source in (("resolution", "base_resolution and the method"), ("seed", "seeds, or --seed")):
+        if key in train:
+            raise ValueError(f"{key} follows from {source}; {key} is not part of a recipe")
+    TrainConfig(**train)
+
+
+class Baseline(Settings):
+    """What of B0 is a study's baseline."""
+
+    depth: Positive = 1.0
+    width: Positive = 1.0
+
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False), AfterValidator(_distinct)]
+
+
+class Search(Settings):
+    """A search for alpha, beta and gamma on the baseline at phi = 1, as 03_coefficient_search makes it."""
+
+    step: float = 0.1  # of the grid over the three, each at least 1
+    low: float = 1.9  # bounds of alpha * beta^2 * gamma^2
+    high: float = 2.1
+    max_flops: Annotated[float, Field(ge=1)] | None = None  # of a candidate, in multiples of the baseline's
+    seeds: Seeds = (0,)
+    train: dict[str, Any] = Field(default={})  # settings that differ from the profile's recipe
+
+    @model_validator(mode="after")
+    def _check(self) -> "Search":
+        coefficient_grid(self.step, self.low, self.high)  # refuses a grid without candidates
+        return self
+
+
+class Profile(Settings):
+    """One study. `load_profile` makes it from a file."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    name: str
+    title: str
+    purpose: Literal["check", "exploratory", "evidence"]
+    data: DataSettings
+    base_resolution: Annotated[int, Field(ge=8)]  # pixels at resolution coefficient 1
+    stem_stride: Literal[1, 2]
+    # Groups of methods; all seeds of a group run before the next group
+    groups: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_read_groups), Field(alias="methods")]
+    seeds: Seeds
+    train: dict[str, Any]  # settings of TrainConfig, without resolution and seed
+    devices: Any = 1  # processes that share each batch of a run, or "auto": one for every GPU
+    search: Search | None = None  # for the coefficients of compound_searched
+    parent: "Profile | None" = None  # the profile that this one extends
+    baseline: Annotated[Scaling, BeforeValidator(_read_baseline)] = TABLE7["baseline"]  # methods multiply it
+    protocol: Protocol | None = None  # of a study whose purpose is evidence
+    source: str | None = None  # the path of the profile's file, if it is not in notebooks/profiles
+
+    @model_validator(mode="after")
+    def _check(self) -> "Profile":
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"its name {self.name!r} names a results folder: use letters, digits, '.', '_' and '-'")
+        if self.devices != "auto" and (type(self.devices) is not int or self.devices < 1):
+            raise ValueError(f"devices: expected auto, or a whole number of at least 1, got {self.devices!r}")
+        with _naming("train"):
+            _check_recipe(self.train)
+        for method in self.methods:
+            if base_method(method) == "compound_searched" and self.search is None:
+                raise ValueError(f"methods: {method} needs a search for its coefficients; add search: {{step: 0.1}}")
+        if self.search is not None:
+            with _naming("search: train"):
+                _check_recipe(self.train | self.search.train)
+                if (self.train | self.search.train).get("pretrained"):
+                    raise ValueError("most candidates have no pretrained weights; set pretrained: false")
+        if self.purpose == "evidence" and self.protocol is None:
+            raise ValueError(
+                "purpose: evidence needs protocol: {section: NAME, commit: HASH}, the section of report/PROTOCOL.md "
+                "that fixes this study; until there is one, use purpose: exploratory"
+            )
+        if self.purpose != "evidence" and self.protocol is not None:
+            raise ValueError(f"protocol: belongs to purpose: evidence; the purpose is {self.purpose!r}, so remove it")
+        return self
+
+    def config(self, **changes: object) -> TrainConfig:
+        """Return the recipe with some settings changed."""
+        return TrainConfig(**{**self.train, **changes})
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return tuple(method for group in self.groups for method in group)
+
+    @property
+    def stamp(self) -> str:
+        """The words that every table and figure of this study carries."""
+        return PURPOSES[self.purpose]
+
+    @property
+    def num_classes(self) -> int:
+        known = self.data.classes or CLASS_COUNTS.get(self.data.name)
+        if known is None:
+            raise ValueError(f"{self.name}: data: say how many classes {self.data.name} has (classes: N)")
+        return known
+
+    def scaling(self, method: str, searched: tuple[float, float, float] | None = None) -> Scaling:
+        """Return the method's coefficients (d, w, r), which multiply the baseline's. See `methods.parse_method`.
+
+        searched: alpha, beta, gamma of this profile's search. Matched methods have compound's FLOPs; methods such
+        as depth_x8 have a multiple of the baseline's. FLOPs are counted without `se_expanded`. ValueError if the
+        network equals the baseline after rounding.
+        """
+        parsed = parse_method(method)
+        compound = compound_scaling(parsed.phi) if parsed.phi is not None else TABLE7["compound"]
+        if parsed.times is None and not parsed.matched:
+            scaling = compound if parsed.way == "compound" else TABLE7[parsed.way]
+        else:
+            here = (self.base_resolution, self.num_classes, self.stem_stride)
+            target, times = (compound, 1) if parsed.times is None else (Scaling(), parsed.times)
+            flops = round(times * scaled_cost(target * self.baseline, *here).flops)
+            coefficients = searched if parsed.base == "compound_searched" else PUBLISHED
+            scaling = match_flops(parsed.way, flops, *here, coefficients=coefficients, baseline=self.baseline).scaling
+        if parsed.base != "baseline" and self.network(scaling) == self.network(Scaling()):
+            raise ValueError(
+                f"{method}: by rounding its network is the baseline's own ({scaling}); give it larger coefficients, or "
+                "leave it out"
+            )
+        return scaling
+
+    def network(self, scaling: Scaling) -> tuple:
+        """Return pixels, layers of each stage and channels of the scaled baseline, after rounding."""
+        return rounded_network(scaling * self.baseline, self.base_resolution)
+
+    def cost(self, scaling: Scaling) -> Cost:
+        """Count parameters, FLOPs and activations of the scaled baseline, with this study's settings."""
+        se_expanded = self.train.get("se_expanded", False)
+        here = (self.base_resolution, self.num_classes, self.stem_stride, se_expanded)
+        return scaled_cost(scaling * self.baseline, *here)
+
+    def command(self, words: str, results: str | Path | None = None) -> str:
+        """Return the shell command `effnet WORDS PROFILE`, with --results if results lie elsewhere."""
+        place = None if results is None else Path(results).absolute()
+        elsewhere = "" if place in (None, RESULTS) else f" --results {shlex.quote(str(place))}"
+        return f"effnet {words} {shlex.quote(self.source or self.name)}{elsewhere}"
+
+
+# ---- 2. Loading ----------------------------------------------------------------------------------------------------
+
+
+def profile_names() -> list[str]:
+    """List the profiles of notebooks/profiles."""
+    return sorted(path.stem for path in (NOTEBOOKS / "profiles").glob("*.yaml"))
+
+
+def load_profile(name: str | Path) -> Profile:
+    """Load a profile by its name (notebooks/profiles/NAME.yaml) or by the path of a file that ends in .yaml.
+
+    ValueError names the file, the key, what was expected and what was found.
+    """
+    path, values = _read(name)
+    with _naming(f"profile {path.name}"):
+        return _build(path, values, str(name) if Path(name).suffix == ".yaml" else None)
+
+
+def _read(name: str | Path) -> tuple[Path, dict]:
+    path = Path(name)
+    if path.suffix != ".yaml":
+        if str(name) not in profile_names():
+            raise unknown_name("profile", str(name), profile_names())
+        path = NOTEBOOKS / "profiles" / f"{name}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text())
+    except Exception as error:  # yaml lets many kinds through
+        raise ValueError(f"profile {path}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"profile {path.name}: expected keys and values, got {values!r}")
+    return path, _with_names(values)
+
+
+def _with_names(value: object) -> object:
+    """Turn the keys that YAML reads as numbers or truth values into names."""
+    return {str(key): _with_names(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+
+def _build(path: Path, values: dict, source: str | None) -> Profile:
+    valid = ["methods", *Profile.model_fields.keys() - {"name", "groups", "parent", "source"}, "extends"]
+    for key in values:
+        if key not in valid:
+            raise unknown_name("key", key, sorted(valid))
+    if values.get("extends") is not None:
+        values = _extended(path, values)
+    return Profile(**{"name": path.stem, "source": source, **values})
+
+
+def _extended(path: Path, values: dict) -> dict:
+    """Merge a file with the profile that it extends. Alone it decides no claim, so it cannot be evidence."""
+    other = values["extends"]
+    if not isinstance(other, str):
+        raise ValueError(f"extends: expected a profile's name or path, got {other!r}")
+    for key in values:
+        if key not in OWN:
+            raise ValueError(f"{key}: a profile that extends {other} inherits this key; it can set {', '.join(OWN)}")
+    with _naming("extends"):
+        file, whole = _read(path.parent / other if other.endswith(".yaml") else other)
+        if whole.get("extends") is not None:
+            raise ValueError(f"{other} itself extends {whole['extends']}; name that profile")
+    if values.get("purpose") == "evidence":
+        raise ValueError(f"purpose: {path.stem} by itself decides no claim; expected exploratory or check")
+    parent = _build(file, whole, str(file) if other.endswith(".yaml") else None)
+    kept = {key: value for key, value in whole.items() if key not in ("title", "methods", "search", "protocol")}
+    kept["purpose"] = "check" if whole["purpose"] == "check" else "exploratory"
+    if isinstance(values.get("train"), dict):
+        values = values | {"train": kept["train"] | values["train"]}
+    return kept | {key: value for key, value in values.items() if key != "extends"} | {"parent": parent}

@@ -1,0 +1,286 @@
+"""Benchmarks: training steps of our network and its peers, the input path, and the time that a run will take.
+
+06_throughput and 07_models use this, and `effnet plan`. Networks are measured side by side: each has a process of its
+own, one works at a time and then gives its memory back, and the order changes every round, so that a slow minute of the
+machine hits all of them.
+"""
+
+import contextlib
+import ctypes
+import logging
+import multiprocessing
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from effnet_lib import TABLE7, EfficientNet, Scaling, TrainConfig, Trainer, autocast
+from effnet_study.data.load import load_data
+from effnet_study.execution.notebook import run_notebook
+from effnet_study.files import RESULTS
+from effnet_study.machine import choose_device, device_name, keep_freed_memory, peak_memory, prepare
+from effnet_study.training import prepare_trainer
+
+# ---- 1. Training steps ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A network and how it is trained: ours by `Trainer`, a peer's B0 as its users would train it."""
+
+    source: str = "ours"  # ours, torchvision or timm
+    resolution: int = 224
+    batch_size: int = 128
+    scaling: Scaling = TABLE7["baseline"]  # of ours
+    accelerated: bool = True  # ours on a CPU: with the kernels of cpu_kernels.py
+    layout: torch.memory_format = torch.channels_last  # a peer's; ours is always this one
+    keep_memory: bool = True  # a peer's process keeps freed memory; ours always does
+    compiled: bool = False
+
+    def parts(self, device: torch.device) -> tuple[dict[str, Callable[[], object]], int]:
+        """Build the network. Return what is timed and the micro-batch: forward; gradient (forward and backward); step
+        (gradient and optimizer, ours with the moving average). No call waits for the device.
+
+        Images are random, there are 1000 classes, the optimizer is SGD with momentum, a GPU uses mixed precision."""
+        # Compiling imports this module, which warns of a CUDA toolkit without a GPU in the middle of the notebook
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        images = torch.randn(self.batch_size, 3, self.resolution, self.resolution, device=device)
+        images = images.contiguous(memory_format=self.layout)
+        labels, micro_batch = torch.randint(1000, (self.batch_size,), device=device), self.batch_size
+
+        def forward() -> Tensor:
+            with autocast("auto", device):
+                return model(images)
+
+        def backward() -> None:
+            F.cross_entropy(forward(), labels).backward()
+
+        def step() -> None:
+            backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        if self.source == "ours":
+            trainer = self._trainer(device)
+            model, optimizer, micro_batch = trainer.model, trainer.optimizer, trainer.micro_batch
+            backward = partial(trainer.backward, images, labels)
+            step = partial(trainer.step, images, labels, epoch=0, step=1, steps=10**6)
+        else:
+            model, optimizer = self._peer(device)
+
+        def gradient() -> None:
+            backward()
+            optimizer.zero_grad(set_to_none=True)
+
+        return {"forward": forward, "gradient": gradient, "step": step}, micro_batch
+
+    def _trainer(self, device: torch.device) -> Trainer:
+        size = {"resolution": self.resolution, "batch_size": self.batch_size}
+        config = TrainConfig(**size, optimizer="sgd", lr=0.01, compile="always" if self.compiled else "never")
+        model = EfficientNet(self.scaling, 1000, **config.model_options())
+        return prepare_trainer(model, config, device, accelerated=self.accelerated)
+
+    def _peer(self, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+        if self.source == "timm":
+            from timm import create_model
+
+            model = create_model("efficientnet_b0", drop_rate=0.2, drop_path_rate=0.2)
+        else:
+            from torchvision.models import get_model
+
+            model = get_model("efficientnet_b0", weights=None)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        elif self.keep_memory:
+            keep_freed_memory()
+        model = model.train().to(device, memory_format=self.layout)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        return torch.compile(model) if self.compiled else model, optimizer
+
+
+def measure(
+    contenders: Mapping[str, Contender], device: str, rounds: int, repeat: int = 1, parts: Sequence[str] = ("step",)
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Time the contenders side by side.
+
+    Returns a table of times (contender, round, part, and the seconds of one call, the mean of `repeat`), and a table of
+    contenders (the index): first_step_seconds, with all compiling; peak_memory_GiB; micro_batch. RuntimeError names a
+    contender that fails."""
+    spawn, order, threads = multiprocessing.get_context("spawn"), random.Random(0), torch.get_num_threads()
+    rows, about = [], {}
+    with contextlib.ExitStack() as stack:
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, spawn)) for name in contenders}
+
+        def ask(name: str, part: str, repeat: int, warm: bool) -> dict[str, float]:
+            try:
+                return pools[name].submit(time_part, contenders[name], device, threads, part, repeat, warm).result()
+            except Exception as error:
+                raise RuntimeError(f"benchmark of {name}: {type(error).__name__}: {error}") from error
+
+        for name in contenders:
+            about[name] = {"first_step_seconds": ask(name, "step", 1, warm=False)["seconds"]}
+        for turn in range(rounds + 1):  # the first one warms up
+            for name in order.sample(list(contenders), len(contenders)):
+                for part in parts:
+                    answer = ask(name, part, repeat, warm=True)
+                    rows.append({"contender": name, "round": turn, "part": part, "seconds": answer.pop("seconds")})
+                    about[name] |= answer
+    times = pd.DataFrame(rows)
+    return times[times["round"] > 0], pd.DataFrame.from_dict(about, orient="index")
+
+
+built = cache(Contender.parts)  # each contender once in its process
+
+
+def time_part(contender: Contender, device: str, threads: int, part: str, repeat: int, warm: bool) -> dict[str, float]:
+    """Time calls of a part in this process, which is the contender's. Then give its memory back, for the others.
+
+    warm: call it once before the measurement. Another process had the caches until now."""
+    device = torch.device(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    torch.set_num_threads(threads)
+    parts, micro_batch = built(contender, device)
+    if warm:
+        parts[part]()
+    wait()
+    begin = time.perf_counter()
+    for _ in range(repeat):
+        parts[part]()
+    wait()
+    seconds = (time.perf_counter() - begin) / repeat
+    torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # there is no glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    return {"seconds": seconds, "peak_memory_GiB": peak_memory(device) / 2**30, "micro_batch": micro_batch}
+
+
+# ---- 2. Input ------------------------------------------------------------------------------------------------------
+
+
+def _write_tiles(folder: Path, px: int) -> None:
+    """Cut scikit-learn's two photographs into overlapping JPEG tiles: folder/PHOTOGRAPH/NUMBER.jpg."""
+    from sklearn.datasets import load_sample_images
+
+    for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
+        (folder / name).mkdir(parents=True)
+        height, width, _ = photograph.shape
+        corners = [(y, x) for y in range(0, height - px, 12) for x in range(0, width - px, 12)]
+        for number, (y, x) in enumerate(corners):
+            Image.fromarray(photograph[y : y + px, x : x + px]).save(folder / name / f"{number}.jpg", quality=90)
+
+
+def _from_memory(images: Mapping[str, np.ndarray], path: str) -> Image.Image:
+    return Image.fromarray(images[path])  # as torchvision's CIFAR10 does
+
+
+def measure_input(px: int, device: torch.device, batch_size: int, rounds: int, least: float) -> pd.DataFrame:
+    """Time the input path alone, from stored images to batches for training on the device, side by side: a random
+    resized crop and flip by PIL in a DataLoader and by ours, and ours with other augmentations.
+
+    Returns columns path, round, images_per_second; a measurement is at least one pass and `least` seconds."""
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    prepare(device)
+    with tempfile.TemporaryDirectory() as place:
+        _write_tiles(Path(place) / "tiles", px)
+        data = load_data("folder:tiles", place, size=px, test=0.05, cache=place).to(device)
+        crop = [transforms.RandomResizedCrop(px, scale=(0.25, 1)), transforms.RandomHorizontalFlip()]
+        normalise = transforms.Normalize((data.mean / 255).tolist(), (data.std / 255).tolist())
+        field = transforms.Compose([*crop, transforms.ToTensor(), normalise])
+        files = ImageFolder(Path(place) / "tiles", field)
+        pixels = {path: np.asarray(Image.open(path)) for path, _ in files.samples}
+        decoded = ImageFolder(files.root, field, loader=partial(_from_memory, pixels))
+        options = {"batch_size": batch_size, "shuffle": True, "drop_last": True, "num_workers": 2}
+        options |= {"persistent_workers": True, "pin_memory": device.type == "cuda"}
+
+        def peer(loader: DataLoader) -> Iterator[Tensor]:
+            return (images.to(device, non_blocking=True) for images, _ in loader)
+
+        def ours(config: TrainConfig) -> Iterator[Tensor]:
+            return (images for images, _ in data.train_batches(config, 0))
+
+        passes = {
+            f"PIL, {name}, 2 workers": partial(peer, DataLoader(dataset, **options))
+            for name, dataset in {"JPEG files": files, "images in memory": decoded}.items()
+        }
+        for name, changes in {
+            "crop and flip": {},
+            "translation and flip": {"crop_area": 1.0, "translate": 0.125},
+            "crop, flip, RandAugment": {"randaugment": 9},
+            "crop, flip, mixup, CutMix": {"mixup": 0.2, "cutmix": 1.0},
+        }.items():
+            passes[f"ours: {name}"] = partial(ours, TrainConfig(resolution=px, batch_size=batch_size, **changes))
+        rows, order = [], random.Random(0)
+        for turn in range(rounds + 1):  # the first one warms up
+            for name in order.sample(list(passes), len(passes)):
+                images, begin, seconds = 0, time.perf_counter(), 0.0
+                while not images or seconds < least:
+                    images += sum(len(batch) for batch in passes[name]())
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                    seconds = time.perf_counter() - begin
+                rows.append({"path": name, "round": turn, "images_per_second": images / seconds})
+    measured = pd.DataFrame(rows)
+    return measured[measured["round"] > 0]
+
+
+# ---- 3. The time of a run ------------------------------------------------------------------------------------------
+
+
+def estimate_seconds(model: nn.Module, data, config: TrainConfig, device: torch.device, budget: float = 10) -> float:
+    """Estimate the seconds that `training.train` will take here, scoring included, from a few steps.
+
+    It takes as many steps as `budget` seconds allow: at least two, on a GPU at least eight, because the first ones
+    compile and choose kernels."""
+    begin, least = time.perf_counter(), 8 if device.type == "cuda" else 2
+    trainer, data = prepare_trainer(model, config, device), data.to(device)
+    steps, marks = data.counts["train"] // config.batch_size, []
+    for step, (images, labels) in enumerate(data.train_batches(config, 0)):
+        trainer.step(images, labels, 0, step, steps).item()  # waits for the device
+        marks.append(time.perf_counter())
+        if step + 1 >= least and marks[-1] - marks[0] > 0.8 * budget:
+            break
+    trainer.ema.eval()
+    images, _ = next(data.eval_batches("minival", config.resolution, 256))
+    with torch.no_grad(), autocast(config.precision, device):
+        trainer.ema(images).sum().item()  # the first time is slower
+        start = time.perf_counter()
+        trainer.ema(images).sum().item()
+    per_image = (time.perf_counter() - start) / len(images)
+    first = marks[0] - begin
+    per_step = float(np.median(np.diff(marks))) if len(marks) > 1 else first
+    scored = config.epochs * data.counts["minival"] + 2 * data.counts["test"]
+    return first + config.epochs * steps * per_step + per_image * scored
+
+
+def bench(
+    results: str | Path | None = None, *, device: str | None = None, rounds: int = 15, models: bool = False
+) -> None:
+    """Execute 06_throughput on this device, or 07_models, and print its tables, which lie in
+    RESULTS/throughput/DEVICE/."""
+    kind = choose_device(device)
+    folder, notebook = throughput_folder(kind, results), "07_models" if models else "06_throughput"
+    parameters = {"device": kind.type, "results": results and str(Path(results).absolute())}
+    run_notebook(notebook, folder / f"{notebook}.ipynb", parameters | ({} if models else {"rounds": rounds}))
+    for name in ("models",) if models else ("peers", "methods"):
+        print(f"\n{pd.read_csv(folder / f'{name}.csv').to_string(index=False, na_rep='-')}", flush=True)
+
+
+def throughput_folder(device: torch.device, results: str | Path | None = None) -> Path:
+    """Return the folder for measurements of this device."""
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return Path(results or RESULTS).absolute() / "throughput" / name
