@@ -55,7 +55,7 @@ def write_runs(path, results, top1=TOP1, noise=0.05, methods=None, seeds=None):
 
 def decide(profile, results, purpose="evidence"):
     """The contrasts and the claims by key, as if the profile had this purpose."""
-    protocol = Protocol(section="pocket", commit="25c6222e9f") if purpose == "evidence" else None
+    protocol = Protocol(section="pocket", commit="a3d55ca8be") if purpose == "evidence" else None
     profile = profile.replace(purpose=purpose, protocol=protocol)
     runs, _ = tables.study_runs(profile, results)
     table = tables.contrasts(profile, runs)
