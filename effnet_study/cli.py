@@ -90,23 +90,23 @@ Images = Annotated[str, _argument("NAME", ", ".join(NAMES))]
 
 Results = Annotated[Path | None, _option("where results go, instead of results/", "DIR")]
 Again = Annotated[Path, _option("where results go (default: rerun/)", "DIR")]
-Device = Annotated[str | None, _option("cpu or cuda (default: a GPU if there is one)")]
+Device = Annotated[str | None, _option("cpu or cuda (default: a GPU if there is one)", "DEVICE")]
 Retry = Annotated[bool, _option("train again what failed or diverged")]
-Jobs = Annotated[int | None, _option("notebooks at a time (default: one per GPU, on a CPU one per core)", min=1)]
-Threads = Annotated[int | None, _option("CPU threads of each notebook (default: the cores, shared)", min=1)]
+Jobs = Annotated[int | None, _option("notebooks at a time (default: one per GPU, on a CPU one per core)", "N", min=1)]
+Threads = Annotated[int | None, _option("CPU threads of each notebook (default: the cores, shared)", "N", min=1)]
 Tensorboard = Annotated[bool, _option("write event files for TensorBoard too, in tensorboard/ of each run's folder")]
 Budget = Annotated[float | None, _option(stopping, "TIME", parser=duration)]
 Watch = Annotated[bool, _option("update the table until all runs have ended")]
-Rounds = Annotated[int, _option("rounds of measurements of 06_throughput (default: 15)")]
+Rounds = Annotated[int, _option("rounds of measurements of 06_throughput (default: 15)", "N")]
 Models = Annotated[bool, _option("instead: cost and speed of b0 to b7 and other networks")]
-Seed = Annotated[int, _option("of the run (default: 0)")]
+Seed = Annotated[int, _option("of the run (default: 0)", "N")]
 Root = Annotated[str | None, _option("where data lies (default: $EFFNET_DATA, else ./data)", "DIR")]
-Size = Annotated[int | None, _option("pixels of a side at which images are stored (default: the data set's own)")]
-Classes = Annotated[int | None, _option("only the first so many classes")]
+Size = Annotated[int | None, _option("pixels of a side at which images are stored (default: the data set's own)", "N")]
+Classes = Annotated[int | None, _option("only the first so many classes", "N")]
 Report = Annotated[Path | None, _option("for NAME.json and NAME.png, a grid (default: reports/ in there)", "DIR")]
-Top = Annotated[int, _option("how many classes (default: 5)")]
+Top = Annotated[int, _option("how many classes (default: 5)", "N")]
 Output = Annotated[str | None, _option("NAME.onnx or NAME.pt2 (default: model.onnx in the run's folder)", "FILE")]
-Limit = Annotated[int | None, _option("only so many, drawn at random (default: all 50,000)")]
+Limit = Annotated[int | None, _option("only so many, drawn at random (default: all 50,000)", "N")]
 
 
 def deadline_of(budget: float | None, alarm: bool = False) -> float | None:
@@ -138,8 +138,8 @@ executors = (
 def study(
     profile: Name,
     results: Results = None,
-    methods: Annotated[list[str] | None, _option("only these methods of the profile")] = None,
-    seeds: Annotated[list[int] | None, _option("only these seeds of the profile")] = None,
+    methods: Annotated[list[str] | None, _option("only these methods of the profile", "METHOD ...")] = None,
+    seeds: Annotated[list[int] | None, _option("only these seeds of the profile", "SEED ...")] = None,
     device: Device = None,
     retry: Retry = False,
     analysis: Annotated[bool | None, _option("execute the analysis, or not (default: if a run was trained)")] = None,
