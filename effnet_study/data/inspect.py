@@ -6,20 +6,22 @@ from collections import Counter, defaultdict
 import numpy as np
 
 from effnet_study.data.dataset import ImageData
+from effnet_study.files import drawn
 
 
 def inspect_data(data: ImageData) -> dict:
     """Return what `describe_data` puts in words, as JSON's types. This reads every pixel.
 
     Counts of each class and split, sizes and modes of the files, mean and deviation, groups of images that are equal,
-    and whether the cache still has what was written to it."""
+    and which blocks of the cache differ from the files, which are decoded again."""
     labels, indices, decoded = data.labels.numpy(), data.indices, data.decoded
     counts = {split: np.bincount(labels[index], minlength=len(data.classes)) for split, index in indices.items()}
     equal = defaultdict(list)  # digest of the pixels to images
     for i, split in sorted((i, split) for split, index in indices.items() for i in index.tolist()):
         image = {"image": data.files[i] if data.files else i, "split": split, "class": data.classes[labels[i]]}
         equal[hashlib.blake2b(data.images[i].numpy(), digest_size=16).digest()].append(image)
-    cache = {"path": str(decoded.path), "bytes": data.images.nbytes, "damaged_blocks": decoded.damaged_blocks()}
+    damaged = decoded.stale_blocks() if decoded.path else []
+    cache = {"path": str(decoded.path), "bytes": data.images.nbytes, "damaged_blocks": damaged}
     return {
         **data.describe(),
         "images_per_class": [
@@ -54,7 +56,7 @@ def describe_data(facts: dict) -> str:
         lines.append(f"           {' = '.join('{image} ({class}, {split})'.format(**image) for image in group)}")
     if cache:
         damaged = len(cache["damaged_blocks"])
-        state = f"DAMAGED in {damaged} blocks: delete it" if damaged else "whole"
+        state = f"DIFFERS from the files in {damaged} blocks: delete it" if damaged else "equal to the files"
         lines.append(f"  cache    {cache['path']} ({cache['bytes'] / 1e9:.2f} GB, {state})")
     lines.append(f"  images, labels and splits have the fingerprint {facts['fingerprint']}")
     return "\n".join(lines)
@@ -74,5 +76,5 @@ def sample_grid(data: ImageData, classes: int = 12, columns: int = 10):
             ax.imshow(data.images[i].numpy())
         for ax in row:
             ax.set(xticks=[], yticks=[], frame_on=False)
-        row[0].set_ylabel(data.classes[c][:18], rotation=0, ha="right", va="center", fontsize=8)
+        row[0].set_ylabel(drawn(data.classes[c], 18), rotation=0, ha="right", va="center", fontsize=8)
     return figure

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from effnet_study.data.dataset import ImageData
-from effnet_study.data.decode import BLOCK, SUFFIXES, load_images, provide
+from effnet_study.data.decode import BLOCK, load_images, provide
 from effnet_study.data.sources import CLASS_COUNTS, DATA_SETS, MINIVAL, TEST, TRAIN, DataSettings, Place, Source
 from effnet_study.files import ROOT, write_json
 from effnet_study.machine import memory
@@ -48,6 +48,8 @@ def load_data(name: str, root: Place = None, *, download: bool = True, cache: Pl
     known = DATA_SETS[settings.kind]
     settings = settings.replace(size=settings.size or known.size)
     source = _find(settings, root, download)
+    if source.layout or source.left_out:
+        print(source.describe(), flush=True)
     indices = _split(settings, source)  # so every error in the settings comes before anything is decoded
     if source.decoded is None:
         cache = Path(cache or os.environ.get("EFFNET_CACHE") or root / "cache").expanduser()
@@ -130,17 +132,23 @@ def _split(settings: DataSettings, source: Source) -> dict[str, np.ndarray]:
     def check(**split: np.ndarray) -> None:
         for part, index in split.items():
             if empty := sorted(set(range(count)) - set(labels[index])):
-                kinds = f" (a file that ends in {', '.join(sorted(SUFFIXES))})" if source.folder else ""
-                lacks = f"class {source.classes[empty[0]]!r} has no image in {part}{kinds}"
-                raise ValueError(f"{settings.name}: {lacks}; it needs some in every split")
+                kinds = " (a file that ends in .jpg, .png or another way that Pillow knows)" if source.folder else ""
+                raise ValueError(
+                    f"{settings.name}: class {source.classes[empty[0]]!r} has no image in {part}{kinds}; it needs some "
+                    "in every split. Larger shares for minival and test help rare classes: minival=0.3 test=0.3"
+                )
 
     def hold_out(part: str, fraction: float) -> list[np.ndarray]:
         options = {"test_size": fraction, "random_state": SPLIT_SEED, "stratify": labels[train]}
         try:
             return train_test_split(train, **options)
         except ValueError as error:
-            images = f"{settings.name}'s {len(train)} training images"
-            raise ValueError(f"{part}: cannot hold out {fraction} of {images}: {error}") from None
+            images = np.bincount(labels[train], minlength=count)
+            rarest = f"class {source.classes[images.argmin()]!r} has {images.min()} of {settings.name}'s {len(train)}"
+            raise ValueError(
+                f"{part}: cannot hold out {fraction} of each class: {error} {rarest} training images. Add images, or "
+                "hold out a larger share of each class: minival=0.3 test=0.3"
+            ) from None
 
     train, minival, test = (np.flatnonzero((labels < count) & (parts == part)) for part in (TRAIN, MINIVAL, TEST))
     check(train=train)

@@ -1,11 +1,12 @@
 """Data sets by name: which files, classes and labels they have. load.py loads them.
 
-TO ADD A DATA SET, write a reader in section 2, add a line to DATA_SETS in section 3, and name it in docs/data.md.
+TO ADD A DATA SET, write a reader in section 2, add a line to DATA_SETS in section 3, and name it in docs/data.md. A
+download is one archive with one folder (`Archive`); without one, people put the files into ROOT/NAME themselves.
 """
 
-import glob
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,12 @@ from pydantic import Field, model_validator
 
 from effnet_lib import Count, Settings
 from effnet_study.data.augment import resize
-from effnet_study.data.decode import Archive, Decoded, File, scan
+from effnet_study.data.decode import Archive, Decoded, File, is_hidden, kind_of, scan
+from effnet_study.files import plain
 
 TRAIN, MINIVAL, TEST = range(3)  # the part of a data set that an image belongs to
+SPLITS = {"train": TRAIN, "training": TRAIN, "val": MINIVAL, "valid": MINIVAL, "validation": MINIVAL, "dev": MINIVAL}
+SPLITS |= {"test": TEST, "testing": TEST}  # names of folders, in any case
 IMAGENET_TRAIN = 1_281_167  # images
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Place = str | Path | None
@@ -70,6 +74,8 @@ class Source:
     parts: list[int] = field(default_factory=list)  # of each image: TRAIN, MINIVAL or TEST
     decoded: Decoded | None = None
     test_given: bool = True  # False if the test set has to be drawn from the training images
+    layout: str = ""  # which folder was taken for which split, in words
+    left_out: Counter = field(default_factory=Counter)  # what the folder has besides, by kind
 
     def add(self, files: list[File], label: int, part: int) -> None:
         """Add images of one class and part."""
@@ -80,8 +86,21 @@ class Source:
     def add_folders(self, parts: Mapping[str, int], names: Sequence[str]) -> None:
         """Add the images of folder/PART/NAME for every part and for the name of every class."""
         for part, number in parts.items():
+            self.leave_out(part, names)
             for label, name in enumerate(names):
-                self.add(scan(self.folder, os.path.join(part, name)), label, number)
+                self.add(scan(self.folder, os.path.join(part, name), self.left_out), label, number)
+
+    def leave_out(self, under: str, taken: Iterable[str]) -> None:
+        """Count what folder/under has besides the names that are taken."""
+        others = [entry for entry in os.scandir(self.folder / under) if entry.name not in taken]
+        self.left_out.update(kind_of(entry.name, entry.is_dir()) for entry in others)
+
+    def describe(self) -> str:
+        """Say in a line what was taken for what, and what was left out."""
+        kinds = [f"{kind} ({count:,})" for kind, count in self.left_out.most_common()]
+        more = [f"and {len(kinds) - 9} more kinds"] if len(kinds) > 9 else []
+        left_out = f"left out: {', '.join(kinds[:9] + more)}" if kinds else ""
+        return plain(f"{self.folder.name}: {'; '.join(filter(None, [self.layout, left_out]))}")
 
 
 # ---- 2. Readers ----------------------------------------------------------------------------------------------------
@@ -122,13 +141,13 @@ def _in_memory(
 
 def _list_tiny_imagenet(settings: DataSettings, folder: Path) -> Source:
     """List Tiny ImageNet in its published layout. Its labelled val set is our test set; its test set has no labels."""
-    wnids = (folder / "wnids.txt").read_text().split()[: settings.classes]
-    words = dict(line.split("\t", 1) for line in (folder / "words.txt").read_text().splitlines())
+    wnids = (folder / "wnids.txt").read_text(encoding="utf-8").split()[: settings.classes]
+    words = dict(line.split("\t", 1) for line in (folder / "words.txt").read_text(encoding="utf-8").splitlines())
     source = Source([words.get(wnid, wnid).split(",")[0] for wnid in wnids], folder)
     for label, wnid in enumerate(wnids):
         source.add(scan(folder, f"train/{wnid}/images"), label, TRAIN)
     there = {file[0]: file for file in scan(folder, "val/images")}
-    for line in (folder / "val" / "val_annotations.txt").read_text().splitlines():
+    for line in (folder / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines():
         image, wnid, *_box = line.split("\t")
         if wnid in wnids and f"val/images/{image}" in there:
             source.add([there[f"val/images/{image}"]], wnids.index(wnid), TEST)
@@ -137,7 +156,7 @@ def _list_tiny_imagenet(settings: DataSettings, folder: Path) -> Source:
 
 def _list_food101(settings: DataSettings, folder: Path) -> Source:
     """List Food-101 in its published layout: images/CLASS/NUMBER.jpg, and their names in meta/{train,test}.json."""
-    lists = [json.loads((folder / "meta" / f"{part}.json").read_text()) for part in ("train", "test")]
+    lists = [json.loads((folder / "meta" / f"{part}.json").read_text(encoding="utf-8")) for part in ("train", "test")]
     source = Source(sorted(lists[0])[: settings.classes], folder)
     for label, name in enumerate(source.classes):
         there = {file[0]: file for file in scan(folder, f"images/{name}")}
@@ -172,32 +191,61 @@ def _list_imagenet(settings: DataSettings, folder: Path) -> Source:
 def _list_folder(settings: DataSettings, folder: Path) -> Source:
     """List train/CLASS/ and test/CLASS/ (or val/; with both, val is the minival), or CLASS/ alone.
 
-    Classes are folders, sorted by name; the images may lie deeper."""
-    parts = [part for part in ("train", "val", "test") if part in _folders(folder)]
-    if parts and ("train" not in parts or len(parts) == 1):
+    SPLITS has the other names of these folders. Classes are folders, sorted by name. Their images may lie deeper, but
+    not in several folders alone, because these can be the classes."""
+    found = {SPLITS[name.lower()]: name for name in _folders(folder) if name.lower() in SPLITS}
+    names = [name for name in _folders(folder) if name.lower() in SPLITS]
+    if names and (TRAIN not in found or len(found) == 1 or len(found) < len(names)):
         raise FileNotFoundError(
-            f"{folder} has {' and '.join(f'{part}/' for part in parts)}; expected train/, and test/ or val/, of class "
-            "folders (a class cannot be called train, val or test)"
+            f"{folder} has {' and '.join(f'{name}/' for name in names)}; expected train/, and test/ or val/, of class "
+            f"folders, each once (a class cannot be called {', '.join(SPLITS)})"
         )
-    if parts and settings.test is not None:
+    if found and settings.test is not None:
         raise ValueError(f"test: {folder} has a test set of its own; leave the setting out")
-    place = folder / "train" if parts else folder
+    place = folder / found.get(TRAIN, "")
     classes = _folders(place)
     if len(classes) < 2:
-        raise ValueError(f"{place} has {len(classes)} class folders; expected at least 2")
-    for part in parts:
+        there = "".join(f" (found {name}/)" for name in classes)
+        raise ValueError(f"{place} has {len(classes)} class folders; expected at least 2{there}")
+    for part in found.values():
         for name in _folders(folder / part):
             if name not in classes:
                 raise ValueError(f"{folder / part / name}: class {name!r} is not in {place}")
-    source = Source(classes[: settings.classes], folder, test_given=bool(parts))
-    numbers = {"train": TRAIN, "val": MINIVAL if "test" in parts else TEST, "test": TEST}
-    source.add_folders({part: numbers[part] for part in parts} or {"": TRAIN}, source.classes)
+    if TEST not in found and MINIVAL in found:
+        found[TEST] = found.pop(MINIVAL)
+    source = Source(classes[: settings.classes], folder, test_given=bool(found))
+    source.add_folders({name: part for part, name in sorted(found.items())} or {"": TRAIN}, source.classes)
+    if found:
+        source.leave_out("", names)
+    _check_depth(source, 2 if found else 1)
+    drawn = "drawn from train"
+    train, minival, test = (f"{found[part]}/" if part in found else drawn for part in (TRAIN, MINIVAL, TEST))
+    names = ", ".join(source.classes[:5]) + (", ..." if len(source.classes) > 5 else "")
+    source.layout = f"train = {train if found else 'CLASS/'}, minival = {minival}, test = {test}; "
+    source.layout += f"{len(source.classes)} classes: {names}"
     return source
 
 
+def _check_depth(source: Source, depth: int) -> None:
+    """Raise ValueError if a class, a folder at this depth, has images in several folders, but none of its own."""
+    places = {}  # class folder to the folders of its images
+    for place in {os.path.dirname(file[0]) for file in source.files}:
+        places.setdefault(os.sep.join(place.split(os.sep)[:depth]), []).append(place)
+    for name, inside in sorted(places.items()):
+        if name not in inside and len(inside) > 1:
+            some = ", ".join(f"{os.path.relpath(place, name)}/" for place in sorted(inside)[:3])
+            raise ValueError(
+                f"{source.folder / name} holds no images, only folders ({some}), so it is not clear which folders "
+                "are classes; expected CLASS/ with images in it, or such folders in train/ and test/ "
+                f"(names of splits: {', '.join(SPLITS)})"
+            )
+
+
 def _folders(place: Path) -> list[str]:
-    """List the folders in `place` by name, without those that begin with a dot. Empty if there is no such place."""
-    return sorted(name.rstrip("/") for name in glob.glob("*/", root_dir=place))
+    """List the folders in `place` by name, without hidden ones. Empty if there is no such place."""
+    if not place.is_dir():
+        return []
+    return sorted(entry.name for entry in os.scandir(place) if entry.is_dir() and not is_hidden(entry.name))
 
 
 # ---- 3. The data sets ----------------------------------------------------------------------------------------------
