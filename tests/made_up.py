@@ -205,7 +205,6 @@ def write_tables(name: Path, results: Path, purpose: str = "exploratory") -> Non
     save_table(pd.DataFrame(norms, columns=columns), tables / "zero_init.csv")
     mistakes = [("one seed", "compound minus width", "+2.50 points", "+1.90 to +3.10 points")]
     save_table(pd.DataFrame(mistakes, columns=["mistake", "measure", "here", "with it"]), tables / "mistakes.csv")
-    save_table(pd.DataFrame({"method": ["baseline"], "n": [2], "ece": [3.2]}), tables / "calibration.csv")
     write_extended_tables(name, results, scores)
 
 
@@ -275,16 +274,7 @@ def write_study(folder: Path, seeds: int = 2, planned: int | None = None) -> tup
                 finish(run, score(run.method, run.seed, shift))
     write_pilots(results, name)
     write_tables(name, results)
-    drawn = [
-        "figure8",
-        "contrasts",
-        "lengths",
-        "learning_curves",
-        "zero_init",
-        "flops_mismatch",
-        "five_networks",
-        "calibration",
-    ]
+    drawn = ["figure8", "contrasts", "lengths", "learning_curves", "zero_init", "flops_mismatch", "five_networks"]
     write_figures(results / "mini" / "figures", drawn)
     books = results / "mini" / "notebooks"
     books.mkdir()

@@ -36,9 +36,10 @@ FIGURES = {  # in the order in which a reader runs them, and with how many pictu
     "02_single_axis_scaling": 1,
     "03_coefficient_search": 2,
     "04_compound_scaling": 1,
-    "05_analysis": 9,
+    "05_analysis": 3,
     "06_throughput": 4,
     "07_models": 1,
+    "08_trained_networks": 3,
 }
 SETTINGS = {  # the news would cover the notebook; cells off the screen would not be drawn
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},

@@ -10,7 +10,7 @@ import torch
 
 from effnet_lib import TABLE7, Scaling, efficientnet
 from effnet_study.analysis import architecture, figures
-from effnet_study.methods import color, figure8_lines
+from effnet_study.methods import color, figure8_lines, scaled_cost
 from effnet_study.profile import load_profile
 
 POINTS = {
@@ -65,10 +65,14 @@ def test_figure_8_joins_each_way_of_scaling_from_the_baseline_in_the_order_of_co
     ax = plt.figure().add_subplot()
     figures.draw_against_cost(ax, POINTS, 1e3)
     joined = [line.get_xydata().tolist() for line in ax.lines if line.get_marker() == "None"]
-    assert joined[0] == [[1, 70.5], [1.9, 72], [3.2, 75], [4.1, 75]] and joined[1] == [[1, 70.5], [4, 78]]
+    apart = 1.025**0.5  # the two ways of scaling, the cheaper one to the left
+    assert joined[0] == [[1, 70.5], pytest.approx([4 / apart, 78])]
+    assert np.array(joined[1]) == pytest.approx(
+        np.array([[1, 70.5], [1.9 * apart, 72], [3.2 * apart, 75], [4.1 * apart, 75]])
+    )
     half = 4.302653 / 3**0.5  # of the three seeds 77, 78, 79
-    assert joined[-1] == [pytest.approx([4, 78 - half], abs=1e-5), pytest.approx([4, 78 + half], abs=1e-5)]
-    assert dots(ax)[-3:] == [(4, 77), (4, 78), (4, 79)] and dots(ax, "_")[:2] == [(1, 70.5), (3.2, 75)]
+    assert [top1 for _, top1 in joined[-1]] == pytest.approx([78 - half, 78 + half], abs=1e-5)
+    assert [top1 for _, top1 in dots(ax)[-3:]] == [77, 78, 79] and [top1 for _, top1 in dots(ax, "_")[:2]] == [70.5, 75]
     assert words(ax) == {"baseline", "depth", "depth matched", "fast compound"}  # of depth's budgets the last one only
 
 
@@ -85,22 +89,18 @@ def test_labels_at_the_ends_of_lines_stay_apart():
     depth, width, baseline = (
         next(t for t in ax.texts if t.get_text() == name) for name in ("depth", "width", "baseline")
     )
-    assert depth.xyann == pytest.approx((4.2, 50)) and width.xyann == pytest.approx((4.2, 56))
+    assert depth.xyann == pytest.approx((4.32, 50)) and width.xyann == pytest.approx((4.32, 56))
     assert width.xy == (4, 51) and baseline.xyann == (0, -12)
 
 
-def test_table_7_and_the_papers_stand_side_by_side(profile, tmp_path):
-    done = done_runs(tmp_path, baseline=[70.0, 71.0], depth=[74.0])
-    table = pd.DataFrame(
-        {"method": ["baseline", "depth"], "flops": [1e6, 4e6], "top1": [70.5, 74], "top1_low": [69, np.nan]}
-    )
-    left, right = figures.draw_table7(profile, table.assign(top1_high=[72, np.nan], paper_top1=[77.3, 79.0]), done).axes
-    assert dots(left) == [(70, 0), (71, 0), (74, 1)] and dots(left, "|") == [(70.5, 0), (74, 1)]
-    assert [69, 72] in [list(line.get_xdata()) for line in left.lines] and left.yaxis_inverted()
-    assert dots(right, "D") == [(77.3, 0), (79, 1)]
-    assert [label.get_text() for label in left.get_yticklabels()] == ["baseline\n1.0 M FLOPs", "depth\n4.0 M FLOPs"]
-    left, right = figures.draw_figure8(profile, {"baseline": (2e6, [70])}, done).axes
-    assert dots(left) == [(2, 70)] and dots(right)[:2] == [(0.4, 77.3), (1.8, 79.0)]
+def test_figure_8_stands_beside_the_papers_and_matched_networks_in_a_figure_of_their_own(profile, tmp_path):
+    done, points = done_runs(tmp_path, baseline=[70.0]), {"baseline": (2e6, [70]), "depth_matched": (4e6, [71])}
+    left, right = figures.draw_figure8(profile, points, done).axes
+    assert dots(left) == [(2, 70)] and [top1 for _, top1 in dots(right)[:2]] == [77.3, 79.0]
+    (ax,) = figures.draw_matched(profile, points | {"depth": (9e6, [72]), "compound": (4e6, [73])}, done).axes
+    assert [top1 for _, top1 in dots(ax)] == [70, 71, 73]
+    hollow = [line.get_markerfacecolor() for line in ax.lines if line.get_marker() == "o"]
+    assert [face == "white" for face in hollow] == [False, True, False]
 
 
 def test_methods_of_one_colour_have_dashes_of_their_own():
@@ -110,25 +110,18 @@ def test_methods_of_one_colour_have_dashes_of_their_own():
     assert styles == {"depth_matched": "--", "depth_x2": "-", "depth_x4": "--", "compound_x2": "-"}
 
 
-def test_curves_are_drawn_by_epoch(profile, tmp_path):
-    done = done_runs(tmp_path, depth=[70.0, 71.0], depth_matched=[74.0])
-    fig = figures.draw_all_curves(profile, done.assign(flops=1.0), done)
-    loss, top1 = ([list(line.get_ydata()) for line in ax.lines] for ax in fig.axes)
-    assert loss == [[4, 3], [3, 2], [4, 3]] and top1 == [[66, 67], [67, 68], [70, 71]]
-    assert list(fig.axes[0].lines[0].get_xdata()) == [1, 2]
-    assert [line.get_linestyle() for line in fig.axes[1].lines] == ["-", "-", "--"]
-    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["depth", "depth matched"]
-
-
-def test_time_is_drawn_against_both_costs(profile, tmp_path):
-    table = pd.DataFrame({"method": ["baseline", "depth"], "flops": [1e6, 4e6], "activations": [2e6, 3e6]})
-    fig = figures.draw_cost_and_speed(
-        profile, table.assign(images_per_second=[500, 200]), done_runs(tmp_path, depth=[1])
-    )
-    assert dots(fig.axes[0]) == [(1, 2), (4, 5)] and dots(fig.axes[1]) == [(2, 2), (3, 5)]  # milliseconds
-    assert [line.get_xydata().tolist() for line in fig.axes[1].lines if len(line.get_xdata()) == 2] == [
-        [[0, 0], [3, 3]]
-    ]
+def test_curves_are_means_over_seeds_with_a_panel_for_each_way_of_scaling(profile, tmp_path):
+    done = done_runs(tmp_path, baseline=[60.0], depth=[70.0, 71.0], depth_matched=[74.0], compound=[80.0])
+    table = pd.DataFrame({"method": done["method"].unique()}).assign(flops=range(4))
+    depth, compound = figures.draw_all_curves(profile, table, done).axes
+    assert [list(line.get_ydata()) for line in depth.lines] == [[56, 57], [66.5, 67.5], [70, 71]]
+    assert [line.get_linestyle() for line in depth.lines] == ["-", "-", "--"]
+    assert [list(line.get_ydata()) for line in compound.lines] == [[56, 57], [76, 77]]
+    band = depth.collections[1].get_paths()[0].vertices
+    assert list(depth.lines[1].get_xdata()) == [1, 2] and (band[:, 1].min(), band[:, 1].max()) == (66, 68)
+    assert [text.get_text() for text in depth.get_legend().get_texts()] == ["baseline", "depth", "depth matched"]
+    (alone,) = figures.draw_all_curves(profile, table[:1], done[:1]).axes
+    assert [list(line.get_ydata()) for line in alone.lines] == [[56, 57]]
 
 
 # ---- contrasts, lengths, ablations, the search
@@ -270,6 +263,16 @@ def test_the_mismatch_of_table_7_is_drawn_in_billions():
     (ax,) = architecture.draw_flops_mismatch(table).axes
     assert dots(ax) == [(1.5, 0), (1.79, 0), (1.8, 1)] and dots(ax, "|") == [(1.8, 0), (1.8, 1)]
     assert words(ax) == {"compound spends 20 % more"}
+
+
+def test_compounds_surplus_is_worth_a_tenth_of_its_lead():
+    flops = {name: scaled_cost(scaling).flops for name, scaling in TABLE7.items()}
+    table = pd.DataFrame({"method": flops.keys(), "flops": flops.values()})
+    table["compound_extra_percent"] = 100 * (flops["compound"] / table["flops"] - 1)
+    worth = architecture.worth_of_surplus(table).round(2)
+    assert worth["surplus is worth"].to_dict() == {"depth": 0.16, "width": 0.26, "resolution": 0.21}
+    assert worth["points per doubling"].tolist() == [0.84, 0.84, 0.90]
+    assert worth["compound's lead"].tolist() == pytest.approx([2.1, 2.2, 2.0])
 
 
 def test_the_explorer_says_what_a_network_costs(monkeypatch):

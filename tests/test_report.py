@@ -16,7 +16,6 @@ import nbformat
 import pandas as pd
 import pytest
 import typer
-import typst
 from documents import load, plain, text_of
 from made_up import write_profiles
 from pypdf import PdfReader
@@ -31,7 +30,6 @@ from effnet_study.documents.compose import (
     gather,
     main,
     make_figures,
-    protocol_sections,
     results_block,
     with_results,
     write_all,
@@ -40,7 +38,7 @@ from effnet_study.documents.evidence import Study, alternative_texts, outcome, p
 from effnet_study.documents.templates import capital, listed, number
 from effnet_study.files import NOTEBOOKS, RESULTS, ROOT
 from effnet_study.methods import PAPER_TABLE7
-from effnet_study.profile import load_profile, profile_names
+from effnet_study.profile import load_profile
 
 pytest_plugins = ["documents"]
 REPORT, POSTER = ROOT / "report" / "report.typ", ROOT / "poster" / "poster.typ"
@@ -90,13 +88,6 @@ def test_committed_readme_and_tables_are_those_of_the_records(committed_results)
     assert results_block(one) in (ROOT / "README.md").read_text(encoding="utf-8"), "run make report, commit README.md"
 
 
-def test_no_figure_of_evidence_shows_times_of_runs_that_shared_their_machine(committed_results):
-    for name in profile_names():
-        if load_profile(name).purpose == "evidence":
-            figures = {path.stem for path in (RESULTS / name / "figures").glob("*")}
-            assert "figure8" in figures and not figures & {"time", "cost_speed"}
-
-
 @pytest.mark.parametrize("name", ["report", "poster"])
 def test_committed_documents_have_title_language_and_tags(name):
     pdf = PdfReader(ROOT / name / f"{name}.pdf")
@@ -110,7 +101,7 @@ def test_committed_documents_have_title_language_and_tags(name):
 def test_all_documents_are_written(rebuilt):
     made = {path.relative_to(rebuilt).as_posix() for path in rebuilt.rglob("*") if path.is_file()}
     assert {"README.md", "report/report.pdf", "report/index.html", "report/scale.md", "poster/poster.pdf"} < made
-    assert 6 <= len(PdfReader(rebuilt / "report" / "report.pdf").pages) <= 10
+    assert len(PdfReader(rebuilt / "report" / "report.pdf").pages) <= 6
 
 
 def test_scores_are_the_means_of_the_records(rebuilt, study, report, poster):
@@ -124,7 +115,7 @@ def test_scores_are_the_means_of_the_records(rebuilt, study, report, poster):
         name, top1 = method.replace("_", " "), mean(values)
         if method in PAPER_TABLE7:
             assert re.search(rf"\| {name} \| [\d.]+ \| {len(values)} \| {top1:.2f} \|", readme)
-        assert re.search(rf"{name} [\d.]+ {top1:.1f} ", poster)
+            assert re.search(rf"{name} [\d.]+ {top1:.1f} ", poster)
         assert re.search(rf"{name} ([\d.]+ ){{7}}{len(values)} {top1:.2f} ", report)
 
 
@@ -137,7 +128,8 @@ def test_every_column_of_table_7_is_printed(rebuilt, study, report, poster):
         said = f"{name} {row.d:.2f} {row.w:.2f} {row.r:.2f} {row.resolution} {row.params / 1e6:.2f} {flops} "
         said += f"{row.activations / 1e6:.3f} {row.n} {row.top1:.2f} {between} {row.top1_sd:.2f} {row.top5:.2f}"
         assert f"{said} {paper_flops} {paper}" in report
-        assert f"{name} {flops} {row.top1:.1f} {row.top1_low:.1f} to {row.top1_high:.1f} {paper}" in poster
+        on_poster = f"{name} {flops} {row.top1:.1f} {row.top1_low:.1f} to {row.top1_high:.1f} {paper}"
+        assert (on_poster in poster) == (row.method in PAPER_TABLE7)
         shown = f"| {name} | {flops} | {row.n} | {row.top1:.2f} | {between} |"
         assert (shown in readme) == (row.method in PAPER_TABLE7)
 
@@ -197,14 +189,6 @@ def test_start_surplus_and_computing_time_are_printed(report):
     assert "18 of 18 planned runs are finished. They took 1.8 hours of computing on box" in report
 
 
-def test_protocol_has_the_general_rules_and_those_of_the_study():
-    general = {"The question", "Rules for every study", "Other studies", "Deviations"}
-    assert set(protocol_sections(DEFAULT)) == {*general, f"Study {DEFAULT}"}
-    assert set(protocol_sections("mini")) == general
-    (general,) = {text for name, text in protocol_sections("mini").items() if name == "The question"}
-    assert "#table(" in general and "](" not in "".join(protocol_sections(DEFAULT).values())
-
-
 def test_seeds_of_a_pilot_are_one_row_and_the_best_is_first(study):
     table = pilot_table(study)
     assert [(row["asks"], row["scores"]) for row in table[:2]] == [
@@ -222,9 +206,8 @@ def test_seeds_of_a_pilot_are_one_row_and_the_best_is_first(study):
     assert [row["taken"] for row in table] == [False, True, False, False, False]
 
 
-def test_pilots_and_protocol_are_printed(report):
+def test_pilots_are_printed(report):
     assert "base resolution 32, epochs 2" in report and "24.50 24.00, 25.00" in report and "30.40 30.40" in report
-    assert "Rules for every study" in report and "One recipe." in report
 
 
 # ---- for people who do not see -------------------------------------------------------------------------------------
@@ -459,24 +442,11 @@ def test_a_baseline_that_diverged_is_a_row_less(copied):
         assert "compound" in compiled(source, one)
 
 
-def test_a_table_too_long_for_the_poster_is_set_smaller_or_refused(copied):
-    path = copied.study_dir / "tables" / "table7.csv"
-    table, facts = pd.read_csv(path), gather(copied)
-    pd.concat([table.head(7)] * 2).to_csv(path, index=False)
-    assert compile_typst(POSTER, facts, copied.results)[1] == 1
-    pd.concat([table] * 8).to_csv(path, index=False)
-    with pytest.raises(typst.TypstError, match="too long"):
-        compile_typst(POSTER, facts, copied.results)
-
-
 def test_a_poster_of_two_pages_is_refused(study, tmp_path, monkeypatch):
     """A text that is too long would continue on a second page without a word."""
     facts = gather(study)
     facts["outcome"] |= {"headline": "A very long headline. " * 60}
-    try:
-        assert compile_typst(POSTER, facts, study.results)[1] > 1
-    except typst.TypstError as error:
-        assert "too long" in str(error)
+    assert compile_typst(POSTER, facts, study.results)[1] > 1
     monkeypatch.setattr(compose, "compile_typst", lambda source, *arguments: (b"", 2))
     with pytest.raises(RuntimeError, match="expected one page, got 2"):
         write_all(study, load_profile("imagenet"), tmp_path)
@@ -551,7 +521,8 @@ def test_an_executed_notebook_stays_as_long_as_the_tables_are_the_same(copied, m
     executed.parent.mkdir()
     executed.write_text("kept")
     assert make_figures(one) == {}
-    assert executed.read_text() == expected and [*executed.parent.iterdir()] == [executed]
+    assert executed.read_text() == expected
+    assert {path.stem for path in executed.parent.iterdir()} == {"05_analysis", "08_trained_networks"}
 
 
 def test_a_readme_without_marks_is_refused():

@@ -394,11 +394,7 @@ def test_the_analysis_compares_searched_coefficients_at_equal_cost(profile_file,
     for run in plan_runs(profile, tmp_path):
         score = top1[run.method] + 0.05 * (run.seed - 1)
         write_record(run, score, cost={"params": 1000, "flops": 2000 + int(score), "activations": 3000})
-        correct = rng.random(1000) < score / 100
-        np.save(run.run_dir / "test_correct.npy", correct)
-        label = rng.integers(0, 10, 1000)
-        answers = {"label": label, "predicted": np.where(correct, label, (label + 1) % 10)}
-        np.savez(run.run_dir / "test_predictions.npz", **answers, confidence=np.full(1000, 0.5))
+        np.save(run.run_dir / "test_correct.npy", rng.random(1000) < score / 100)
         row = {"epoch": 1, "train_loss": 2.0, "minival_top1": score, "lr": run.config.lr}
         (run.run_dir / "history.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"epoch": 2}) + "\n")
     run_notebook("05_analysis", tmp_path / "05.ipynb", {"profile": str(path), "results": str(tmp_path)})
@@ -408,16 +404,8 @@ def test_the_analysis_compares_searched_coefficients_at_equal_cost(profile_file,
     assert contrasts["searched_vs_published", "compound"] == "equal"
     claims = {c["key"]: c for c in json.loads((folder / "tables" / "verdict.json").read_text())["claims"]}
     assert "The search gave everything to width" in claims["searched"]["sentences"][-1]
-    calibration = pd.read_csv(folder / "tables" / "calibration.csv").set_index("method")
-    assert calibration["ece"]["baseline"] == pytest.approx(20, abs=3) and (calibration["n"] == 3).all()
-    classes = pd.read_csv(folder / "tables" / "per_class.csv")
-    assert len(classes) == 10 and classes["compound"].mean() > classes["baseline"].mean()
-    for figure in ("per_class", "calibration"):
-        assert (folder / "figures" / f"{figure}.png").exists()
     page = (folder / "README.md").read_text()
-    assert (
-        "## Coefficient search" in page and "60 % of resampled validation sets" in page and "figure7" not in page
-    )  # no weights here
+    assert "## Coefficient search" in page and "60 % of resampled validation sets" in page
 
 
 def test_the_published_row_is_a_phi_just_below_two():

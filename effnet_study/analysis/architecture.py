@@ -11,7 +11,8 @@ from matplotlib.patches import Circle, Rectangle
 from torch import Tensor
 
 from effnet_lib import STAGES, EfficientNet, MBConv, Scaling, compound_scaling, round_resolution
-from effnet_study.methods import COLORS, color, scaled_cost
+from effnet_study.files import drawn
+from effnet_study.methods import COLORS, PAPER_TABLE7, color, scaled_cost
 
 OPERATIONS = {  # part of an MBConv block: what it does, and its colour
     "expand": ("1x1 convolution\nbatch norm, SiLU", "#cfe3f2"),
@@ -136,9 +137,21 @@ def draw_gates(images: Sequence[Tensor], maps: Tensor, gates: Tensor, source: st
     ax, order = fig.add_subplot(grid[:, 5:]), gates[0].argsort()
     for i, row in enumerate(gates):
         ax.plot(row[order], label=f"image {i + 1}", lw=1, color=list(COLORS.values())[i + 1 if i else 0], alpha=0.8)
-    ax.set(xlabel="channels, in the order of image 1", ylabel="gate", ylim=(0, 1), title=f"Gates of stage 2\n{source}")
+    ax.set(xlabel="channels, in the order of image 1", ylabel="gate", ylim=(0, 1))
+    ax.set_title(f"Gates of stage 2\n{drawn(source)}")
     ax.legend()
     return fig
+
+
+def worth_of_surplus(costs: pd.DataFrame) -> pd.DataFrame:
+    """Return for each single axis of the paper's Table 7: points of top-1 for each doubling of FLOPs, what compound's
+    surplus of FLOPs is worth at this slope, compound's lead. costs: columns method, flops, compound_extra_percent."""
+    costs, top1 = costs.set_index("method"), pd.Series({name: score for name, (_, score) in PAPER_TABLE7.items()})
+    single = costs.loc[["depth", "width", "resolution"]]
+    slope = (top1[single.index] - top1["baseline"]) / np.log2(single["flops"] / costs["flops"]["baseline"])
+    worth = slope * np.log2(1 + single["compound_extra_percent"] / 100)
+    lead = top1["compound"] - top1[single.index]
+    return pd.DataFrame({"points per doubling": slope, "surplus is worth": worth, "compound's lead": lead})
 
 
 def draw_flops_mismatch(table: pd.DataFrame):

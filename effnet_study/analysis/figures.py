@@ -1,22 +1,22 @@
 """The figures of the notebooks. Each function draws from tables and returns a matplotlib figure.
 
 TO ADD A FIGURE, write a function here, and a cell in notebooks/05_analysis.ipynb that calls it and saves the figure as
-folder / "figures" / NAME; the cell's metadata needs "alt", its text for people who do not see it. For the README.md of
-the results add NAME to `summary.page`; for the report, to report/report.typ.
+folder / "figures" / "NAME"; the cell's metadata needs "alt", its text for people who do not see it. Then name it in
+FIGURES of summary.py for the results' README.md, in FIGURES of documents/page.py for the page, in report/report.typ.
 
 Every method has its colour (methods.COLORS). Dots are seeds, a tick is their mean, a bar its 95 % interval.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from effnet_study.analysis.statistics import MARGIN, t_interval
-from effnet_study.files import load_history
+from effnet_study.files import drawn, load_history
 from effnet_study.methods import PAPER_TABLE7, color, figure8_lines, parse_method, spoken, text_color
 from effnet_study.profile import Profile
 from effnet_study.run import Run
@@ -32,7 +32,7 @@ def label_ends(ax, points: Sequence[tuple[float, float, str]]) -> None:
     """Name points (x, y, method): the baseline below its point, the others in a column, apart from each other."""
     low, high = ax.get_ylim()
     ax.set_ylim(low - 0.08 * (high - low), high)
-    gap, last, column = (high - low) * 0.06, -math.inf, max(x for x, *_ in points) * 1.05
+    gap, last, column = (high - low) * 0.06, -math.inf, max(x for x, *_ in points) * 1.08
     for x, y, method in sorted(points, key=lambda point: point[1]):
         style = {"color": text_color(method), "va": "center", "annotation_clip": False}
         if method == "baseline":
@@ -44,22 +44,33 @@ def label_ends(ax, points: Sequence[tuple[float, float, str]]) -> None:
 
 def draw_against_cost(ax, points: Mapping[str, tuple[float, Sequence[float]]], unit: float) -> None:
     """Draw (cost, top-1 over seeds) of methods: a dot per seed, a tick at the mean, a bar for the 95 % interval, a line
-    for each way of scaling. The x axis is in `unit`s of cost."""
-    means = {method: (cost / unit, *t_interval(scores)) for method, (cost, scores) in points.items()}
+    for each way of scaling. What is matched is hollow. The x axis is logarithmic, in `unit`s of cost; ways of scaling
+    stand 2.5 % apart on it, in the order of their cost, so that bars of one budget do not cover each other."""
     lines = figure8_lines({method: cost for method, (cost, _) in points.items()})
+    lines.sort(key=lambda line: points[line[-1]][0])
+    places = {method: cost / unit for method, (cost, _) in points.items()}
+    for i, line in enumerate(lines):
+        places |= {m: places[m] * 1.025 ** (i - (len(lines) - 1) / 2) for m in line if m != "baseline"}
+    means = {method: t_interval(scores) for method, (_, scores) in points.items()}
     for line in lines:
-        x, y = zip(*(means[method][:2] for method in line), strict=True)
-        ax.plot(x, y, color=color(line[-1]), lw=1, alpha=0.6)
+        ax.plot([places[m] for m in line], [means[m][0] for m in line], color=color(line[-1]), lw=1, alpha=0.6)
     # Only the last budget of each line gets a label
     unnamed, ends = {method for line in lines for method in line[:-1] if parse_method(method).times}, []
-    for method, (x, mean, low, high) in means.items():
-        scores = points[method][1]
-        ax.plot([x] * len(scores), scores, "o", color=color(method), alpha=0.5, mew=0)
-        ax.plot([x, x], [low, high], color=color(method))
-        ax.plot(x, mean, "_", color=color(method), ms=12, mew=2)
+    for method, (mean, low, high) in means.items():
+        x, scores, shade = places[method], points[method][1], color(method)
+        ax.plot([x, x], [low, high], color=shade)
+        face = {"mfc": "white"} if method.endswith("_matched") else {"alpha": 0.5, "mew": 0}
+        ax.plot([x] * len(scores), scores, "o", color=shade, **face)
+        ax.plot(x, mean, "_", color=shade, ms=12, mew=2)
         below = method == "baseline" and len(scores) > 1  # its label goes below its bar
         if method not in unnamed:
             ends.append((x, low if below else mean, method))
+    least, most = min(places.values()), max(places.values())
+    ax.set_xscale("log")
+    ax.set_xlim(least * 0.75, most * (1.3 * most / least) ** 0.4)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
     label_ends(ax, ends)
 
 
@@ -70,15 +81,6 @@ def line_styles(table: pd.DataFrame) -> dict[str, str]:
     for line in figure8_lines(budgets):
         styles |= zip(line, ("-", "--", ":", "-.") * len(line), strict=False)
     return styles
-
-
-def _draw_curve(ax, run_dir: Path, column: str, method: str, **style: object) -> None:
-    """Draw a column of a run's history by epoch."""
-    history = load_history(run_dir)
-    style |= {"color": color(method), "marker": "." if len(history) == 1 else None}
-    ax.plot(history["epoch"], history[column], **style)
-    ax.set_xlabel("epoch")
-    ax.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _draw_by_epochs(ax, table: pd.DataFrame, by: str, value: str, apart: float) -> None:
@@ -94,56 +96,51 @@ def _draw_by_epochs(ax, table: pd.DataFrame, by: str, value: str, apart: float) 
 
 
 def _heading(profile: Profile, done: pd.DataFrame) -> str:
-    return f"{done['data'].iloc[0]}, base {profile.base_resolution} px\n{profile.stamp}"
+    return f"{drawn(done['data'].iloc[0], 80)}, base {profile.base_resolution} px\n{profile.stamp}"
 
 
 # ---- 2. Runs: Table 7, Figure 8, learning curves -------------------------------------------------------------------
 
 
-def draw_table7(profile: Profile, table: pd.DataFrame, done: pd.DataFrame):
-    """Draw Table 7: a row for each method, ours beside the paper's."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 1.2 + 0.45 * len(table)), sharey=True, width_ratios=(3, 2))
-    for y, row in enumerate(table.itertuples()):
-        shade, scores = color(row.method), done.loc[done["method"] == row.method, "top1"]
-        left.plot(scores, [y] * len(scores), "o", color=shade, alpha=0.5, mew=0)
-        left.plot([row.top1_low, row.top1_high], [y, y], color=shade)
-        left.plot(row.top1, y, "|", color=shade, ms=14, mew=2)
-        right.plot(row.paper_top1, y, "D", color=shade, mfc="white")
-    labels = [f"{spoken(row.method)}\n{row.flops / 1e6:,.1f} M FLOPs" for row in table.itertuples()]
-    left.set_yticks(range(len(table)), labels)
-    left.invert_yaxis()
-    left.set(xlabel="test top-1 (%)", title=_heading(profile, done))
-    right.set(xlabel="ImageNet top-1 (%)", title="The paper's Table 7\none network each")
-    right.locator_params(axis="x", nbins=4)
-    return fig
-
-
 def draw_figure8(profile: Profile, points: Mapping[str, tuple[float, Sequence[float]]], done: pd.DataFrame):
-    """Draw Figure 8, ours beside the paper's. points: of `tables.figure8_points`."""
+    """Draw Figure 8, ours beside the paper's. points: of `tables.figure8_points`; those that are matched are left to
+    `draw_matched`."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
-    draw_against_cost(left, points, 1e6)
-    left.set(xlabel="FLOPs (million multiply-adds)", ylabel="test top-1 (%)")
-    left.set_title(_heading(profile, done))
+    draw_against_cost(left, {m: point for m, point in points.items() if not m.endswith("_matched")}, 1e6)
+    left.set(xlabel="FLOPs (million multiply-adds)", ylabel="test top-1 (%)", title=_heading(profile, done))
     draw_against_cost(right, {method: (flops, [top1]) for method, (flops, top1) in PAPER_TABLE7.items()}, 1e9)
     right.set(xlabel="FLOPs (billion multiply-adds)", ylabel="ImageNet top-1 (%)")
     right.set_title("The paper's Table 7\nas published, one network each")
-    for ax in (left, right):
-        ax.set_xlim(0, ax.get_xlim()[1] * 1.25)
+    return fig
+
+
+def draw_matched(profile: Profile, points: Mapping[str, tuple[float, Sequence[float]]], done: pd.DataFrame):
+    """Draw the networks at compound's FLOPs, hollow where they were matched. points: of `tables.figure8_points`."""
+    at_compound = {m: point for m, point in points.items() if m.endswith(("_matched", "baseline", "compound"))}
+    fig, ax = plt.subplots(figsize=(5, 3.8))
+    draw_against_cost(ax, at_compound, 1e6)
+    ax.set(xlabel="FLOPs (million multiply-adds)", ylabel="test top-1 (%)", title=_heading(profile, done))
     return fig
 
 
 def draw_all_curves(profile: Profile, table: pd.DataFrame, done: pd.DataFrame):
-    """Draw training loss and minival top-1 by epoch, a line for each finished run. table: of `tables.table7`."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    """Draw minival top-1 by epoch, a panel for each way of scaling beside the baseline: the mean over seeds, and a band
+    from the lowest to the highest seed. table: of `tables.table7`."""
+    lines = figure8_lines(table.set_index("method")["flops"].to_dict()) or [["baseline"]]
+    fig, axes = plt.subplots(1, len(lines), figsize=(1 + 2 * len(lines), 2.8), sharey=True, squeeze=False)
     styles = line_styles(table)
-    for method, group in done.groupby("method", sort=False):
-        for i, run_dir in enumerate(group["run_dir"]):
-            style = {"ls": styles.get(method, "-"), "alpha": 0.8, "label": None if i else spoken(method)}
-            _draw_curve(left, run_dir, "train_loss", method, **style)
-            _draw_curve(right, run_dir, "minival_top1", method, **style)
-    left.set(ylabel="training loss", title="Training loss")
-    right.set(ylabel="top-1 (%)", title=f"Minival, EMA weights\n{profile.stamp}")
-    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    for ax, line in zip(axes[0], lines, strict=True):
+        for method in line:
+            runs = pd.concat(load_history(run_dir) for run_dir in done.loc[done["method"] == method, "run_dir"])
+            top1 = runs.groupby("epoch")["minival_top1"].agg(["mean", "min", "max"])
+            ax.fill_between(top1.index, top1["min"], top1["max"], color=color(method), alpha=0.2, lw=0)
+            style = {"color": color(method), "ls": styles.get(method, "-"), "marker": "." if len(top1) == 1 else None}
+            ax.plot(top1["mean"], label=spoken(method), **style)
+        ax.set_xlabel("epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend(loc="lower right", fontsize=7)
+    axes[0, 0].set_ylabel("minival top-1 (%)")
+    fig.suptitle(f"EMA weights, mean over seeds; {profile.stamp}", fontsize=9)
     return fig
 
 
@@ -152,13 +149,16 @@ def draw_learning_curves(*runs: Run):
     fig, ax = plt.subplots(figsize=(5.5, 3))
     for run in runs:
         if run.state() == "finished":
-            _draw_curve(ax, run.run_dir, "minival_top1", run.method, label=run.method)
-    ax.set(ylabel="top-1 (%)", title="minival, EMA weights")
+            history = load_history(run.run_dir)
+            style = {"color": color(run.method), "marker": "." if len(history) == 1 else None}
+            ax.plot(history["epoch"], history["minival_top1"], label=run.method, **style)
+    ax.set(xlabel="epoch", ylabel="top-1 (%)", title="minival, EMA weights")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
     return fig
 
 
-# ---- 3. Single images, time ----------------------------------------------------------------------------------------
+# ---- 3. Single images --------------------------------------------------------------------------------------------
 
 
 def draw_activation_maps(images: Sequence[np.ndarray], truth: Sequence[str], maps: Mapping[str, tuple], title: str):
@@ -170,16 +170,16 @@ def draw_activation_maps(images: Sequence[np.ndarray], truth: Sequence[str], map
     fig, axes = plt.subplots(len(images), columns, figsize=(1.3 * columns, 1.5 * len(images)), squeeze=False)
     for ax, image, name in zip(axes[:, 0], images, truth, strict=True):
         ax.imshow(image)
-        ax.set_title(name[:14], fontsize=7, loc="center", fontweight="bold")
+        ax.set_title(drawn(name, 14), fontsize=7, loc="center", fontweight="bold")
     for column, (method, (heat, predicted)) in zip(axes.T[1:], maps.items(), strict=True):
         for ax, image, name, each, guess in zip(column, images, truth, heat, predicted, strict=True):
             ax.imshow(image, alpha=0.45)
             ax.imshow(each, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
-            ax.set_title(f"{'' if guess == name else 'not '}{guess[:14]}", fontsize=7, loc="center")
+            ax.set_title(f"{'' if guess == name else 'not '}{drawn(guess, 14)}", fontsize=7, loc="center")
         column[-1].set_xlabel(method.replace("_", "\n"), color=text_color(method), fontsize=8)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[], frame_on=False)
-    fig.suptitle(title, fontsize=8)
+    fig.suptitle(drawn(title), fontsize=8)
     return fig
 
 
@@ -192,7 +192,7 @@ def draw_per_class(profile: Profile, table: pd.DataFrame):
         ax.plot(gain, y + np.linspace(-0.2, 0.2, len(gain)), "o", color=color(method), ms=4, alpha=0.6, mew=0)
         for index, align, shift in ((gain.idxmin(), "right", -6), (gain.idxmax(), "left", 6)):
             style = {"textcoords": "offset points", "ha": align, "va": "center", "fontsize": 7}
-            ax.annotate(str(table["class"][index])[:16], (gain[index], y), (shift, 0), **style)
+            ax.annotate(drawn(table["class"][index], 16), (gain[index], y), (shift, 0), **style)
     ax.set_yticks(range(gains.shape[1]), [spoken(method) for method in gains])
     ax.invert_yaxis()
     ax.margins(x=0.15)
@@ -214,29 +214,14 @@ def draw_calibration(profile: Profile, table: pd.DataFrame, curves: Mapping[str,
     return fig
 
 
-def draw_cost_and_speed(profile: Profile, table: pd.DataFrame, done: pd.DataFrame):
-    """Draw training time per image against FLOPs and against activations, with the line of proportional time."""
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    table = table.set_index("method")
-    time = 1000 / table["images_per_second"]
-    for ax, cost, label in zip(axes, ("flops", "activations"), ("FLOPs", "activations"), strict=True):
-        x = table[cost] / 1e6
-        for method in time.index:
-            ax.plot(x[method], time[method], "o", color=color(method))
-        if "baseline" in time.index:
-            ax.plot([0, x.max()], [0, x.max() * time["baseline"] / x["baseline"]], color=GREY, lw=0.8, ls=":")
-        ax.set(xlim=(0, x.max() * 1.4), ylim=(0, None), xlabel=f"{label} (million)")
-        label_ends(ax, [(x[method], time[method], method) for method in time.index])
-    axes[0].set(ylabel="training time per image (ms)")
-    axes[0].set_title(f"{', '.join(done['device'].unique())}\n{profile.stamp}", fontsize=8)
-    return fig
-
-
 # ---- 4. Contrasts, lengths, ablations, the search ------------------------------------------------------------------
 
 
 def draw_contrasts(profile: Profile, contrasts: pd.DataFrame, done: pd.DataFrame):
-    """Draw differences of top-1 with their intervals, a group for each claim, the margin of equality in grey."""
+    """Draw differences of top-1 with their intervals, a group for each claim about compound scaling, the margin of
+    equality in grey."""
+    if (compared := ~contrasts["claim"].isin(("axes_help", "fast_compound"))).any():
+        contrasts = contrasts[compared].reset_index(drop=True)
     places = contrasts.index + 0.6 * pd.factorize(contrasts["claim"])[0]  # a gap between claims
     fig, ax = plt.subplots(figsize=(6.4, 1 + 0.34 * (places[-1] + 1)))
     ax.axvspan(-MARGIN, MARGIN, color=PALE, lw=0)
@@ -249,7 +234,7 @@ def draw_contrasts(profile: Profile, contrasts: pd.DataFrame, done: pd.DataFrame
     ax.set_yticks(places, [f"{spoken(row.target)} - {spoken(row.other)}" for row in contrasts.itertuples()])
     ax.set(ylim=(places[-1] + 0.5, -0.5), xlabel="difference of test top-1 (points)")
     seeds = " to ".join(str(n) for n in sorted({contrasts["n"].min(), contrasts["n"].max()}))
-    ax.set_title(f"{done['data'].iloc[0]}, n = {seeds}\n{profile.stamp}")
+    ax.set_title(f"{drawn(done['data'].iloc[0], 80)}, n = {seeds}\n{profile.stamp}")
     return fig
 
 
@@ -262,7 +247,7 @@ def draw_lengths(profile: Profile, lengths: pd.DataFrame, contrasts: pd.DataFram
     _draw_by_epochs(right, contrasts, "other", "difference", 1.06)
     for ax in (left, right):
         ax.set_xticks(sorted(lengths["epochs"].unique()), sorted(lengths["epochs"].unique()))
-    left.set(ylabel="test top-1 (%)", title=f"{done['data'].iloc[0]}\n{profile.stamp}")
+    left.set(ylabel="test top-1 (%)", title=f"{drawn(done['data'].iloc[0], 80)}\n{profile.stamp}")
     title = "compound minus each matched axis\nintervals of one length: 95 % together"
     right.set(ylabel="difference (points)", title=title)
     fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
@@ -285,7 +270,7 @@ def draw_ablation(profile: Profile, change: str, methods: Iterable[str], whole: 
     axes[0].set_yticks(range(len(methods)), [spoken(method) for method in methods])
     axes[0].set_ylim(len(methods) - 0.5, -0.5)
     key = f"open: as it is; filled: changed. {profile.stamp.capitalize()}"
-    fig.suptitle(f"{done['data'].iloc[0]}: {change}\n{key}", fontsize=8)
+    fig.suptitle(f"{drawn(done['data'].iloc[0], 80)}: {change}\n{key}", fontsize=8)
     return fig
 
 
@@ -314,7 +299,7 @@ def draw_search(outcome: pd.DataFrame, title: str):
     fig.colorbar(dots, label="minival top-1 (%)", shrink=0.6)
     ax.set(xlim=(-0.2, 1.2), ylim=(-0.15, 1.05), aspect="equal")
     ax.set_axis_off()
-    fig.suptitle(title + (" (mean over seeds)" if known["n"].max() > 1 else ""), fontsize=8)
+    fig.suptitle(drawn(title) + (" (mean over seeds)" if known["n"].max() > 1 else ""), fontsize=8)
     return fig
 
 

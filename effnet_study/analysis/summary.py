@@ -8,20 +8,19 @@ import pandas as pd
 from effnet_study.analysis.claims import verdict_lines
 from effnet_study.analysis.tables import changes_in_words
 from effnet_study.coefficients import describe_search, load_coefficients, searched_coefficients
-from effnet_study.files import RESULTS
+from effnet_study.files import RESULTS, in_markdown
 from effnet_study.methods import spoken
 from effnet_study.profile import Profile
 from effnet_study.record import read_record
 
-FIGURES = ["ablation", "figure8", "learning_curves", "time", "cost_speed", "search"]
-FIGURES += ["figure7", "per_class", "calibration"]
+FIGURES = ("ablation", "figure8", "figure8_matched", "learning_curves", "search", "figure7", "per_class", "calibration")
 
 
 def describe_run(profile: Profile, record: Mapping) -> str:
     """Return what a finished run's record says of its scores and its time."""
-    test = record["test"]
+    test, title = record["test"], in_markdown(profile.title)
     return (
-        f"**{profile.title}, {record['method']}, seed {record['seed']}:** test top-1 **{test['top1']:.2f} %**, "
+        f"**{title}, {record['method']}, seed {record['seed']}:** test top-1 **{test['top1']:.2f} %**, "
         f"top-5 {test['top5']:.2f} % with the EMA weights after the last epoch "
         f"({record['test_raw']['top1']:.2f} % with the raw weights), {record['seconds']:,.0f} s at "
         f"{record['images_per_second']:,.0f} images/s on {record['device']['name']}. *{profile.stamp.capitalize()}.*"
@@ -33,7 +32,7 @@ def ablation_lines(profile: Profile, change: str, table: pd.DataFrame) -> list[s
     whole = profile.parent
     if table.empty:
         return [f"There is nothing to compare: no seed is finished both here and in {whole.name}."]
-    lines = [f"Changed in comparison with [{whole.title}](../{whole.name}/README.md): {change}.", ""]
+    lines = [f"Changed in comparison with [{in_markdown(whole.title)}](../{whole.name}/README.md): {change}.", ""]
     for row in table.itertuples():
         interval = f"95 % interval {row.low:+.2f} to {row.high:+.2f}"
         alone = f"one seed; all seeds as it is: {row.all_seeds_as_it_is:.2f}"
@@ -57,7 +56,7 @@ def page(
     rows: of `table7`; found: of `verdict`; ablated: of `ablation_lines`. Figures are named that lie in figures/.
     """
     study_dir = Path(results or RESULTS) / profile.name
-    sections = [f"# {profile.title}", "", *_about(profile, runs), ""]
+    sections = [f"# {in_markdown(profile.title)}", "", *_about(profile, runs), ""]
     if ablated:
         sections += ["## What the change does", "", *ablated, ""]
     sections += ["## Verdict" if profile.purpose == "evidence" else "## Contrasts", "", *verdict_lines(found), ""]
@@ -83,7 +82,7 @@ def _about(profile: Profile, runs: pd.DataFrame) -> list[str]:
     purpose = f"Purpose: **{profile.stamp}**. {len(done)} of {len(runs)} planned runs are finished."
     if (parent := profile.parent) is not None:
         changes = changes_in_words(profile) or "the same recipe"
-        purpose += f" It extends [{parent.title}](../{parent.name}/README.md) ({changes}) and "
+        purpose += f" It extends [{in_markdown(parent.title)}](../{parent.name}/README.md) ({changes}) and "
         purpose += "decides no claim by itself."
     if (protocol := (parent or profile).protocol) is not None:
         purpose += f" Rules: [protocol](../../report/PROTOCOL.md), study `{protocol.section}`, as fixed in commit "
@@ -91,7 +90,7 @@ def _about(profile: Profile, runs: pd.DataFrame) -> list[str]:
     return [
         purpose,
         "",
-        f"- Data: {data['title']}, {counts} of {data['classes']} classes.",
+        f"- Data: {in_markdown(data['title'])}, {counts} of {data['classes']} classes.",
         f"- Machine: {', '.join(done['device'].unique())}; {hours:.1f} hours of computing within {within:.1f} hours,",
         f"  {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC.",
         f"  Other work on the machine makes times longer{uneven}.",

@@ -15,7 +15,7 @@ import pandas as pd
 from effnet_lib import Scaling
 from effnet_study.analysis.claims import MATCHED, planned_claims
 from effnet_study.analysis.statistics import calibration, contrast_rows, t_interval
-from effnet_study.files import PREDICTIONS, RESULTS, load_history
+from effnet_study.files import PREDICTIONS, RESULTS, load_history, plain
 from effnet_study.methods import PAPER_TABLE7
 from effnet_study.profile import Profile, load_profile, profile_names
 from effnet_study.record import read_record, recipe
@@ -213,7 +213,7 @@ def per_class(answers: Mapping[str, Sequence[Mapping]], done: pd.DataFrame) -> p
         columns[method] = 100 * pd.concat(hits, axis="columns").mean(axis="columns")
     table = pd.DataFrame(columns)
     names = read_record(done["run_dir"].iloc[0])["dataset"].get("class_names", [])
-    table.insert(0, "class", [names[i] if i < len(names) else i for i in table.index])
+    table.insert(0, "class", [plain(names[i]) if i < len(names) else i for i in table.index])
     return table
 
 

@@ -6,7 +6,6 @@ The profiles that extend the study are part of its documents.
 """
 
 import json
-import re
 import shutil
 import sys
 import tempfile
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Annotated
 
 import matplotlib
-import pypandoc
 import segno
 import typer
 import typst
@@ -30,7 +28,7 @@ from effnet_study.documents.page import build_page
 from effnet_study.documents.scale import build_scale
 from effnet_study.documents.templates import fill_in, listed
 from effnet_study.execution.notebook import run_notebook
-from effnet_study.files import RESULTS, ROOT
+from effnet_study.files import RESULTS, ROOT, in_markdown, plain, print_any_text
 from effnet_study.methods import COLORS, PAPER_TABLE7, color
 from effnet_study.profile import Profile, load_profile
 from effnet_study.record import read_record
@@ -45,13 +43,16 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 
 def make_figures(study: Study) -> dict[str, str]:
-    """Execute 05_analysis for the study and its extensions, where runs are finished, and 00_architecture for the study
-    if its table is missing; two notebooks at a time. Return errors by the name of the study."""
+    """Execute 05_analysis for the study and its extensions, where runs are finished, two at a time; for the study also
+    00_architecture if its table is missing, and then 08_trained_networks. Return errors by the name of the study."""
     tasks = [(each, "05_analysis", {}) for each in (study, *study.extensions) if not each.finished.empty]
     if not study.has("tables/table7_cost.csv"):  # the first finding, which needs no run
         tasks.append((study, "00_architecture", {"explorer": False}))
     with ThreadPoolExecutor(2) as pool:
         errors = list(pool.map(lambda task: _execute(*task), tasks))
+    if not study.finished.empty and not errors[0]:  # after 05, whose tables it may not take for its own
+        tasks.append((study, "08_trained_networks", {}))
+        errors.append(_execute(*tasks[-1]))
     return {each.name: error for (each, *_), error in zip(tasks, errors, strict=True) if error}
 
 
@@ -80,27 +81,12 @@ def _execute(study: Study, notebook: str, parameters: Mapping[str, object]) -> s
 # ---- 2. What the documents get -------------------------------------------------------------------------------------
 
 
-def protocol_sections(name: str) -> dict[str, str]:
-    """Return sections of PROTOCOL.md in typst's markup by their heading: the general ones, and that of the study
-    `name`."""
-    text = (ROOT / "report" / "PROTOCOL.md").read_text(encoding="utf-8")
-    text = re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", text)  # links to files do not work in a PDF
-    sections = {}
-    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
-        heading, _, body = section.partition("\n")
-        if not heading.startswith("Study `") or heading == f"Study `{name}`":
-            sections[heading.replace("`", "")] = pypandoc.convert_text(
-                body, "typst", format="gfm", extra_args=["--wrap=none"]
-            )
-    return sections
-
-
 def describe(study: Study) -> dict:
     """Return the facts of a study for lib.typ: names, progress, claims, what is missing, readable files, the recipe."""
     paths = [path for kind in ("tables", "figures") for path in study.study_dir.glob(f"{kind}/*")]
     facts = {
         "name": study.name,
-        "title": study.profile.title,
+        "title": plain(study.profile.title),
         "stamp": study.profile.stamp,
         "kind": study.kind,
         "data": study.data,
@@ -125,7 +111,7 @@ def describe(study: Study) -> dict:
 
 
 def gather(study: Study) -> dict:
-    """Return what lib.typ calls facts: the study, its extensions, the outcome, colours, alternative texts, protocol."""
+    """Return what lib.typ calls facts: the study, its extensions, the outcome, colours, alternative texts."""
     devices = [
         {"name": path.name, "files": [file.relative_to(path).as_posix() for file in sorted(path.rglob("*.*"))]}
         for path in sorted(study.results.glob("throughput/*"))
@@ -141,7 +127,6 @@ def gather(study: Study) -> dict:
         "outcome": outcome(study),
         "colors": {method: color(method) for method in sorted(methods)},
         "alt": alternative_texts(),
-        "protocol": protocol_sections(study.name),
         "repository": yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8")).get("repository-code"),
         "margin": MARGIN,
         "paper": {method: {"flops": flops, "top1": top1} for method, (flops, top1) in PAPER_TABLE7.items()},
@@ -159,7 +144,8 @@ def compile_typst(
 
     figures: the format of the figures; the standard "ua-1" refuses all but svg.
     """
-    inputs = {"facts": json.dumps(facts), "results": results.resolve().as_posix(), "figures": figures}
+    text = json.dumps(facts, ensure_ascii=False).encode("utf-8", "replace").decode()  # of names that are not UTF-8
+    inputs = {"facts": text, "results": results.resolve().as_posix(), "figures": figures}
     if facts["repository"]:
         inputs["qr"] = segno.make(facts["repository"], error="m", micro=False).svg_inline(border=2, scale=4)
     options = {"root": "/", "font_paths": [str(FONTS)], "ignore_system_fonts": True, "sys_inputs": inputs}
@@ -174,7 +160,8 @@ def results_block(study: Study) -> str:
     pilots = sum(len(row["scores"]) for row in pilot_table(study))
     started = [each for each in study.extensions if not each.finished.empty]
     rows = study.table("table7")
-    values = {"study": study, "outcome": outcome(study), "alt": alternative_texts(), "pilots": pilots}
+    words = {name: in_markdown(text) for name, text in outcome(study).items()}
+    values = {"study": study, "outcome": words, "alt": alternative_texts(), "pilots": pilots}
     values |= {"table7": None, "hours": None}
     if rows is not None:
         published = rows[rows["paper_top1"].notna()]
@@ -221,6 +208,7 @@ def main(
 ) -> None:
     """Make tables and figures from the runs' records, under --results, then README, report, poster and page, under
     --output. The exit status is 1 if the analysis of a study failed."""
+    print_any_text()
     profile, results = load_profile(study), results.absolute()
     failures = {} if keep_figures else make_figures(load_study(profile, results))
     found = load_study(profile, results, failures)  # with the new tables

@@ -18,7 +18,7 @@ from effnet_study.analysis.recipes import load_pilots
 from effnet_study.analysis.statistics import SAME, SEEDS_TO_DECIDE
 from effnet_study.analysis.tables import extensions, recipe_changes
 from effnet_study.documents.templates import listed
-from effnet_study.files import NOTEBOOKS, RESULTS
+from effnet_study.files import NOTEBOOKS, RESULTS, plain
 from effnet_study.methods import spoken
 from effnet_study.profile import Profile
 from effnet_study.record import read_record
@@ -68,7 +68,7 @@ class Study:
     @property
     def data(self) -> str:
         """The title of the data set, from the records of the runs."""
-        return self.profile.title if self.finished.empty else self.finished["data"].iloc[0]
+        return plain(self.profile.title if self.finished.empty else self.finished["data"].iloc[0])
 
     @property
     def scale(self) -> str:

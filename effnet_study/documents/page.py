@@ -23,7 +23,7 @@ from pygments.formatters import HtmlFormatter
 from effnet_study.documents.charts import INK, curves, figure8, shape
 from effnet_study.documents.evidence import Study, alternative_texts, outcome
 from effnet_study.documents.templates import fill_in
-from effnet_study.files import load_history
+from effnet_study.files import load_history, plain
 from effnet_study.methods import PAPER_TABLE7, color, spoken
 
 RUN_FIELDS = ["method", "label", "seed", "flops", "x", "resolution", "top1", "minutes", "device"]
@@ -89,7 +89,7 @@ def embed_figures(study: Study) -> list[dict[str, str]]:
             path = each.study_dir / "figures" / f"{name}.svg"
             if path.is_file():
                 address = f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
-                about = "" if each is study else f"{each.profile.title}: "
+                about = "" if each is study else f"{plain(each.profile.title)}: "
                 found.append({"title": about + title, "alt": alternative_texts().get(name, title), "address": address})
     return found
 
@@ -143,7 +143,7 @@ def write_notebooks(study: Study, output: Path) -> list[dict[str, str]]:
             target = output / books[-1]["address"]
             target.parent.mkdir(parents=True, exist_ok=True)
             about = books[-1] | {"body": Markup(body), "pygments": pygments}
-            target.write_text(fill_in("index-template.html", notebook=about), encoding="utf-8")
+            target.write_text(fill_in("index-template.html", notebook=about), encoding="utf-8", errors="replace")
     return books
 
 
@@ -158,9 +158,9 @@ def build_page(study: Study, output: Path) -> None:
     runs = scored_runs(study)
     epochs, gaps = read_histories(runs)
     specs = draw(study, runs, epochs)
-    # "</script>" in a string would end the element that holds it.
-    packed = Markup(json.dumps(specs, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/"))
+    # "</script>" and "<!--" in a string would change where the element that holds it ends.
+    packed = Markup(json.dumps(specs, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
     values = {"study": study, "outcome": outcome(study), "runs": runs, "epochs": epochs, "gaps": gaps, "specs": specs}
     values |= {"figures": embed_figures(study), "books": write_notebooks(study, output), "packed": packed}
     values |= {"libraries": Markup(libraries), "color": color, "shape": shape, "ink": INK}
-    (output / "index.html").write_text(fill_in("index-template.html", **values), encoding="utf-8")
+    (output / "index.html").write_text(fill_in("index-template.html", **values), encoding="utf-8", errors="replace")
