@@ -243,9 +243,8 @@ class EfficientNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the initial weights. Convolutions follow the authors: normal, variance 2 / fan-out. We count fan-out
-        per group; PyTorch's helper does not. The classifier is uniform within 1 / sqrt(fan-in); 1 / sqrt(classes) is
-        much the same at 1000 classes, but at 10 its logits are so large that short runs suffer."""
+        """Draw the initial weights. Convolutions follow the authors: normal, variance 2 / fan-out, counted per group.
+        The classifier is uniform within 1 / sqrt(fan-in): at 10 classes 1 / sqrt(classes) gives too large logits."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
@@ -292,8 +291,7 @@ class Cost:
 
 def count_cost(model: nn.Module, resolution: int, channels: int = 3) -> Cost:
     """Count the exact cost of `model` for one input (1, channels, resolution, resolution). Only shapes are computed.
-    FLOPs cover convolutions and matrix products, forward only: torch's counter is wrong by up to 98 x for the backward
-    pass of depthwise convolutions."""
+    FLOPs cover convolutions and matrix products, forward only: torch miscounts depthwise convolutions backward."""
     if not isinstance(resolution, int) or resolution < 1:
         raise ValueError(f"resolution: expected a whole number of pixels, at least 1, got {resolution!r}")
     model, activations = copy.deepcopy(model).to("meta").eval(), []
@@ -336,7 +334,8 @@ class Settings(BaseModel):
         if kind == "value_error":  # raised by one of our validators
             return ValueError(f"{name}: {error['ctx']['error']}" if name else str(error["ctx"]["error"]))
         expected = re.sub("^(greater|less)", r"a value \1", error["msg"].removeprefix("Input should be "))
-        hint = "; in YAML write 1.0e-3, not 1e-3" if kind == "float_type" and isinstance(value, str) else ""
+        in_yaml = {"float_type": "1.0e-3, not 1e-3", "bool_type": "true or false"}.get(kind)
+        hint = f"; in YAML write {in_yaml}" if in_yaml and isinstance(value, str) else ""
         return ValueError(f"{name}: expected {expected}, got {value!r}{hint}")
 
 
@@ -346,13 +345,14 @@ AtLeastZero = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch and a table's column of whole numbers hold
 
 
 class TrainConfig(Settings):
     """One run's recipe. `EfficientNet` takes some of its settings: see `model_options`."""
 
     resolution: Count = 224  # pixels, for training and for every evaluation
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     epochs: Count = 10
     batch_size: Annotated[int, Field(ge=2)] = 128  # images per optimizer step, with any accumulation
     accumulation: Count = 1  # micro-batches of a step; batch norm sees one micro-batch at a time
@@ -396,8 +396,8 @@ class TrainConfig(Settings):
             raise ValueError("freeze: a backbone without pretrained weights cannot be frozen; use pretrained: true")
         if self.pretrained and self.se_expanded:
             raise ValueError("se_expanded: there are no ImageNet weights of such a network; use it without pretrained")
-        if self.accumulation > self.batch_size:
-            raise ValueError(f"accumulation: expected at most batch_size {self.batch_size}, got {self.accumulation}")
+        if self.accumulation > (most := self.batch_size // 2):  # batch norm cannot train on a single image
+            raise ValueError(f"accumulation: expected at most half of batch_size, {most}, got {self.accumulation}")
         return self
 
     def model_options(self) -> dict[str, float | bool]:
@@ -527,12 +527,13 @@ class Trainer:
         return loss
 
     def backward(self, images: Tensor, labels: Tensor, epoch: int = 0, step: int = 0) -> Tensor:
-        """Add the gradient of the mean loss over these images, micro-batch by micro-batch. Return the loss."""
-        config, total = self.config, torch.zeros((), device=self.device)
-        for first in range(0, len(labels), self.micro_batch):
-            x, y = images[first : first + self.micro_batch], labels[first : first + self.micro_batch]
+        """Add the gradient of the mean loss over these images, in equal micro-batches. Return the loss."""
+        config, total, first = self.config, torch.zeros((), device=self.device), 0
+        parts = max(1, min(math.ceil(len(labels) / self.micro_batch), len(labels) // 2))  # of two images or more
+        for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
             torch.manual_seed(step_seed(config.seed, epoch, step, self.rank * len(labels) + first))
-            with self.accumulate(more=first + self.micro_batch < len(labels)):
+            first += len(y)
+            with self.accumulate(more=first < len(labels)):
                 with autocast(config.precision, self.device):
                     loss = F.cross_entropy(self.forward(x), y, label_smoothing=config.label_smoothing)
                 loss = loss * (len(y) / len(labels))
@@ -577,9 +578,8 @@ def evaluate(
     finally:
         model.train(was_training)
     label, predicted, confidence = (torch.cat(part).cpu().numpy() for part in zip(*answers, strict=True))
-    correct = predicted == label
-    scores = {"top1": 100 * float(correct.mean()), "top5": 100 * top5.item() / len(correct)}
-    scores["loss"] = loss.item() / len(correct)
+    correct, n = predicted == label, len(label)
+    scores = {"top1": 100 * float(correct.mean()), "top5": 100 * top5.item() / n, "loss": loss.item() / n}
     return scores | {"correct": correct, "label": label, "predicted": predicted, "confidence": confidence}
 
 

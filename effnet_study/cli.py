@@ -1,4 +1,8 @@
-"""The `effnet` command: one function per command. Its docstring is the help; it returns the exit status or None."""
+"""The `effnet` command: one function per command. Its docstring is the help; it returns the exit status or None.
+
+TO ADD A COMMAND, write such a function, and a row in docs/command-line.md. Typer takes one value for each option: name
+one that takes several in `repeat_options`.
+"""
 
 import importlib.util
 import os
@@ -12,7 +16,6 @@ from typing import Annotated, Literal
 
 import typer
 import typer.exceptions
-import yaml
 
 from effnet_lib import VARIANTS, unknown_name
 from effnet_study import progress, speed, use
@@ -23,9 +26,9 @@ from effnet_study.costs import method_costs, network_costs
 from effnet_study.data.decode import DamagedImages
 from effnet_study.data.inspect import describe_data, inspect_data, sample_grid
 from effnet_study.data.load import data_root, load_data
-from effnet_study.data.sources import NAMES
+from effnet_study.data.sources import NAMES, DataSettings
 from effnet_study.execution.notebook import TRY_AGAIN
-from effnet_study.files import write_json
+from effnet_study.files import print_any_text, write_json
 from effnet_study.machine import choose_device
 from effnet_study.methods import METHOD_NAMES, is_method
 from effnet_study.model_run import plan_model
@@ -33,7 +36,7 @@ from effnet_study.pilot import pilot as train_pilot
 from effnet_study.plan import plan as plan_study
 from effnet_study.plan import print_plan
 from effnet_study.pretrained import TORCHVISION_MODELS
-from effnet_study.profile import load_profile
+from effnet_study.profile import load_profile, read_yaml
 from effnet_study.rerun import rerun as rerun_record
 from effnet_study.search import all_candidates, search_holder
 from effnet_study.study import Launcher
@@ -58,11 +61,15 @@ def duration(text: str) -> float:
 
 def settings(words: Iterable[str]) -> dict[str, object]:
     """Return NAME=VALUE words as settings, their values read as in a profile."""
-    pairs = [word.partition("=") for word in words]
-    for name, equals, _ in pairs:
+    read = {}
+    for word in words:
+        name, equals, value = word.partition("=")
         if not (name and equals):
-            raise ValueError(f"expected NAME=VALUE, such as lr=0.05, got {name + equals!r}")
-    return {name: yaml.safe_load(value) for name, _, value in pairs}
+            raise ValueError(f"expected NAME=VALUE, such as lr=0.05, got {word!r}")
+        if name in read:
+            raise ValueError(f"{name} is given twice")
+        read[name] = read_yaml(value, word)
+    return read
 
 
 # ---- 1. Arguments and options --------------------------------------------------------------------------------------
@@ -78,14 +85,16 @@ def _argument(metavar: str, text: str | None = None):
 
 stopping = f"such as 9m: stop in time, with checkpoints and exit status {TRY_AGAIN}; the same command continues"
 trained = "a finished run's folder, or the name of a network, with its ImageNet weights"
+held_out = "shares that are held out of the training images, such as minival=0.2 test=0.3"
 trying = "settings of the recipe, such as lr=0.05, base_resolution=48, or 'baseline={depth: 1, width: 0.35}'"
 
 Name = Annotated[str, _argument("PROFILE", "a name in notebooks/profiles, or a .yaml file")]
 Record = Annotated[str, _argument("RECORD", "a run.json")]
 Changes = Annotated[list[str] | None, _argument("NAME=VALUE", trying)]
+Choice = Annotated[list[str] | None, _argument("NAME=VALUE", held_out)]
 Trained = Annotated[str, _argument("RUN", trained)]
 Files = Annotated[list[str], _argument("IMAGE")]
-Variant = Annotated[Literal[BY_NAME], _argument("MODEL", ", ".join(BY_NAME))]
+Variant = Annotated[str, _argument("MODEL", ", ".join(BY_NAME))]
 Images = Annotated[str, _argument("NAME", ", ".join(NAMES))]
 
 Results = Annotated[Path | None, _option("where results go, instead of results/", "DIR")]
@@ -97,7 +106,7 @@ Threads = Annotated[int | None, _option("CPU threads of each notebook (default: 
 Tensorboard = Annotated[bool, _option("write event files for TensorBoard too, in tensorboard/ of each run's folder")]
 Budget = Annotated[float | None, _option(stopping, "TIME", parser=duration)]
 Watch = Annotated[bool, _option("update the table until all runs have ended")]
-Rounds = Annotated[int, _option("rounds of measurements of 06_throughput (default: 15)", "N")]
+Rounds = Annotated[int, _option("rounds of measurements of 06_throughput (default: 15)", "N", min=1)]
 Models = Annotated[bool, _option("instead: cost and speed of b0 to b7 and other networks")]
 Seed = Annotated[int, _option("of the run (default: 0)", "N")]
 Root = Annotated[str | None, _option("where data lies (default: $EFFNET_DATA, else ./data)", "DIR")]
@@ -178,7 +187,7 @@ def plan(
     device: Device = None,
     jobs: Jobs = None,
     threads: Threads = None,
-    seconds: Annotated[float, _option("time to spend on measuring (default: 60)")] = 60,
+    seconds: Annotated[float, _option("time to spend on measuring (default: 60)", min=0)] = 60,
 ):
     """List the runs that are left to do, with their cost and time here."""
     place = {"device": device, "jobs": jobs, "threads": threads}
@@ -213,7 +222,7 @@ def bench(device: Device = None, rounds: Rounds = 15, models: Models = False, re
 
 # ---- 3. Single runs ------------------------------------------------------------------------------------------------
 
-changing = "or PROFILE MODEL; for a model also settings as NAME=VALUE, such as epochs=5"
+changing = "or PROFILE MODEL; for a model also settings as NAME=VALUE, such as epochs=5 or test=0.3"
 
 
 @app.command()
@@ -232,8 +241,8 @@ def train(
 ):
     """Train one run of a profile, or a network by name, without a notebook."""
     check_tensorboard(tensorboard)
-    deadline, changes = deadline_of(time_budget), settings(word for word in words or () if "=" in word)
-    changes |= {key: True for key, wanted in (("pretrained", pretrained), ("freeze", freeze)) if wanted}
+    deadline, asked = deadline_of(time_budget), [word for word in words or () if "=" in word]
+    changes = settings([*asked, *["pretrained=true"] * pretrained, *["freeze=true"] * freeze])
     named = [word for word in words or () if "=" not in word] + [word for word in (dataset, model) if word]
     if len(named) != 2:
         raise ValueError(
@@ -243,7 +252,7 @@ def train(
     dataset, name = named
     if name in BY_NAME:
         run = plan_model(name, dataset, results, seed=seed, pixels=resolution, changes=changes)
-    elif changes or resolution:
+    elif changes or resolution is not None:
         raise ValueError(f"train: {name} is a method and has its profile's recipe; copy the profile to change it")
     elif not is_method(name):
         raise unknown_name("method or model", name, [*METHOD_NAMES, *BY_NAME])
@@ -299,16 +308,24 @@ def cost(
 
 
 @app.command()
-def data(name: Images, root: Root = None, size: Size = None, classes: Classes = None, output: Report = None):
+def data(
+    name: Images,
+    changes: Choice = None,
+    root: Root = None,
+    size: Size = None,
+    classes: Classes = None,
+    output: Report = None,
+):
     """Fetch a data set if it is missing, check every image, describe it.
 
     The exit status is 2 if images are damaged.
     """
     try:
-        loaded = load_data(name, root, size=size, classes=classes)
+        chosen = DataSettings(**{"name": name, "size": size, "classes": classes, **settings(changes or ())})
+        loaded = load_data(root=root, **chosen.given())
     except DamagedImages as error:
         print("\n".join(f"{path}: {reason}" for path, reason in error.files))
-        print(f"{len(error.files)} files cannot be read as an image; repair or remove them")
+        print(f"{len(error.files)} damaged; repair or remove what is named above")
         return 2
     folder = output or data_root(root) / "reports"
     folder.mkdir(parents=True, exist_ok=True)
@@ -377,6 +394,7 @@ def repeat_options(arguments: Sequence[str]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `effnet` command. Return its exit status: 0; 1 if a run or the analysis is not finished; 2 after an
     error; 75 if it stopped in time, or another process is at work, and the same command continues."""
+    print_any_text()
     # A scheduler's SIGTERM must reach the kernels as an interrupt; a background shell starts us with SIGINT ignored
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, signal.default_int_handler)

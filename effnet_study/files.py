@@ -1,14 +1,18 @@
-"""Files that are complete or absent: atomic writes, the lock of a run, its progress, its checkpoints.
+"""Files that are complete or absent: atomic writes, the lock of a run, its progress, its checkpoints. And names of
+classes, data sets and profiles, as they are drawn or written: a name may have any characters.
 
 Nothing here knows of networks or of training. ROOT is the project's folder, whose results/ is the default for results.
 """
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
 import os
 import platform
+import re
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -24,6 +28,8 @@ NOTEBOOKS, RESULTS = ROOT / "notebooks", ROOT / "results"
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # the newest first
 PROGRESS, HISTORY = ".progress.json", "history.jsonl"
 WEIGHTS, PREDICTIONS = "weights.safetensors", "test_predictions.npz"
+# Errors of flushing a folder on file systems that cannot do it, or let nobody open it
+UNFLUSHABLE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF)
 
 
 # ---- 1. Writing ----------------------------------------------------------------------------------------------------
@@ -44,13 +50,17 @@ def replace_file(path: Path, content: str | bytes | Callable[[Path], object], ke
                 unfinished.write_text(content, encoding="utf-8")
             else:
                 unfinished.write_bytes(content)
+            _flush(unfinished)
         except OSError as error:  # the error of a full disk does not name the file
             raise OSError(error.errno, error.strerror, str(error.filename or path)) from None
-        _flush(unfinished)
         if keep is not None and path.exists():
             path.replace(keep)
         unfinished.replace(path)
-        _flush(path.parent)  # the names too
+        try:
+            _flush(path.parent)  # the names too
+        except OSError as error:
+            if error.errno not in UNFLUSHABLE:
+                raise OSError(error.errno, error.strerror, str(path.parent)) from None
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -84,7 +94,35 @@ def save_table(table: pd.DataFrame, path: str | Path) -> None:
     replace_file(path, table.to_csv(index=False, float_format="%.10g").encode())
 
 
-# ---- 2. The lock of a run, and its progress ------------------------------------------------------------------------
+# ---- 2. Names ------------------------------------------------------------------------------------------------------
+
+
+def plain(name: object, length: int | None = None) -> str:
+    """Return a name on one line, cut after `length` characters: spaces for control characters, and \\xe9 for a byte
+    that is not UTF-8, as Python reads it from a folder's name."""
+    escapes = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", str(name)).encode("utf-8", "surrogateescape")
+    text = escapes.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() or c in "\u200c\u200d" else " " for c in text)[:length]  # joiners are spelling
+
+
+def drawn(name: object, length: int | None = None) -> str:
+    """Return a name for matplotlib, which takes what is between two dollar signs for mathematics."""
+    return plain(name, length).replace("$", r"\$")
+
+
+def in_markdown(name: object) -> str:
+    """Return a name for Markdown, in which none of its characters is markup."""
+    return re.sub(r"([\\`*_\[\]{}<>|$&~#])", r"\\\1", plain(name))
+
+
+def print_any_text() -> None:
+    """Let stdout and stderr print characters that the terminal's encoding lacks: as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not a notebook's
+            stream.reconfigure(errors="backslashreplace")
+
+
+# ---- 3. The lock of a run, and its progress ------------------------------------------------------------------------
 
 
 class RunLocked(RuntimeError):
@@ -96,18 +134,29 @@ def hold(run_dir: Path) -> Iterator[None]:
     """Lock a run's folder, and remove what a killed process left unfinished in it.
 
     Raises RunLocked, which names the process that has the lock. The lock is the operating system's, so it ends with
-    its process. The file .holder only says whose it is.
+    its process. The file .holder only says whose it is. A run that has ended needs no lock where none can be had, as in
+    another user's folder.
     """
+    lock = filelock.FileLock(run_dir / ".lock", timeout=1)  # longer than holder_of takes
     try:
-        with filelock.FileLock(run_dir / ".lock", timeout=1):  # longer than holder_of takes
-            for unfinished in run_dir.glob(".*.partial"):
-                unfinished.unlink(missing_ok=True)
-            since = datetime.now(UTC).isoformat(timespec="seconds")
-            with contextlib.suppress(OSError):  # on a full disk the lock holds too
-                (run_dir / ".holder").write_text(f"process {os.getpid()} on {platform.node()}, since {since}")
-            yield
+        lock.acquire()
     except filelock.Timeout:
         raise run_locked(run_dir, holder_of(run_dir)) from None
+    except OSError as error:
+        if not (run_dir / "run.json").exists():
+            raise OSError(error.errno, error.strerror, str(run_dir / ".lock")) from None
+        yield
+        return
+    try:
+        for unfinished in run_dir.glob(".*.partial"):
+            unfinished.unlink(missing_ok=True)
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        words = f"process {os.getpid()} on {platform.node()}, since {since}"
+        with contextlib.suppress(OSError):  # on a full disk the lock holds too
+            (run_dir / ".holder").write_text(words, encoding="utf-8")
+        yield
+    finally:
+        lock.release()
 
 
 def run_locked(run_dir: Path, holder: str | None) -> RunLocked:
@@ -116,30 +165,30 @@ def run_locked(run_dir: Path, holder: str | None) -> RunLocked:
 
 
 def holder_of(run_dir: Path) -> str | None:
-    """Describe the process that trains a run now. None if there is none."""
+    """Describe the process that trains a run now. None if there is none, or its lock may not be read."""
     try:
         with open(run_dir / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so that two readers do not disturb each other
             return None
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return None
     except BlockingIOError:
         path = run_dir / ".holder"
-        return path.read_text() if path.exists() else "unknown"
+        return path.read_text(encoding="utf-8") if path.exists() else "unknown"
 
 
 def write_progress(run_dir: Path, **progress: object) -> None:
     """Write a run's progress for status displays. A full disk is no error here, because no result depends on it."""
     unfinished = run_dir / f".progress.{os.getpid()}.partial"
     with contextlib.suppress(OSError):
-        unfinished.write_text(json.dumps(progress))
+        unfinished.write_text(json.dumps(progress), encoding="utf-8")
         unfinished.replace(run_dir / PROGRESS)
 
 
 def read_progress(run_dir: Path) -> dict | None:
     """Read what `write_progress` wrote last. None if there is nothing."""
     try:
-        return json.loads((run_dir / PROGRESS).read_text())
+        return json.loads((run_dir / PROGRESS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -154,7 +203,7 @@ def load_history(run_dir: str | Path) -> pd.DataFrame:
     return pd.read_json(Path(run_dir) / HISTORY, lines=True)
 
 
-# ---- 3. Checkpoints ------------------------------------------------------------------------------------------------
+# ---- 4. Checkpoints ------------------------------------------------------------------------------------------------
 
 
 class RunMismatch(ValueError):
@@ -204,5 +253,6 @@ def read_checkpoint(run_dir: Path, check: Callable[[Path, dict], None]) -> dict 
 
 def remove_checkpoints(run_dir: Path) -> None:
     """Remove a run's checkpoints."""
-    for name in CHECKPOINTS:
-        (run_dir / name).unlink(missing_ok=True)
+    for path in (run_dir / name for name in CHECKPOINTS):
+        if path.exists():  # a read-only file system refuses also what is not there
+            path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -135,13 +136,25 @@ def environment(device: torch.device) -> dict:
     return {"device": {"type": device.type, "name": device_name(device)}, "versions": versions, "git": git_state()}
 
 
+def git(*words: str, root: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run git on a checkout, which may be another user's: git accepts such a one only if it is named. OSError without
+    git."""
+    named = ["--git-dir=.git", "--work-tree=."] if (root / ".git").exists() else []
+    command = ["git", "-C", str(root), *named, *words]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+
+
 def git_state(root: Path = ROOT) -> dict:
     """Return the commit of this project's checkout, and whether its code differs from it. Where there is no checkout,
     as in a container, $EFFNET_COMMIT names the commit."""
-    git, ran = ["git", "-C", str(root)], {"capture_output": True, "text": True, "check": True}
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **ran).stdout.strip()
-        changes = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"]
-        return {"commit": commit, "dirty": bool(subprocess.run(changes, **ran).stdout)}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": os.environ.get("EFFNET_COMMIT") or None, "dirty": None}
+        head = git("rev-parse", "HEAD", root=root)
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", root=root)
+        if head.returncode == changes.returncode == 0:
+            return {"commit": head.stdout.strip(), "dirty": bool(changes.stdout)}
+        why = head.stderr or changes.stderr
+    except OSError as error:
+        why = str(error)
+    if (root / ".git").exists():
+        print(f"the record names no commit: {why}", file=sys.stderr, flush=True)
+    return {"commit": os.environ.get("EFFNET_COMMIT") or None, "dirty": None}

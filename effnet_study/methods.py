@@ -1,9 +1,9 @@
 """Methods of scaling: what a method's name means, its cost, FLOPs matching, and its colour in every figure.
 
-TO ADD A METHOD, name it in TRAINED_BY and COLORS, give it a shape in SHAPES of documents/charts.py, and add a line to
-`match_flops`. If it exists only at compound's FLOPs, add its name to `matched` in `parse_method`; if it has fixed
-coefficients, add them to effnet_lib.TABLE7. Contrasts need a Claim in analysis/claims.py. Then name it in
-a profile's `methods`.
+TO ADD A METHOD at compound's FLOPs, name it in TRAINED_BY, at the end of COLORS, and in SHAPES of documents/charts.py,
+all without an ending _matched. Add a line to `match_flops` and, unless it ends in _matched, its name to `matched` in
+`parse_method`. effnet_lib.TABLE7 is for the paper's own rows alone. Contrasts need a Claim in analysis/claims.py,
+readers a row in docs/profiles.md. Then name it in a profile's `methods`.
 """
 
 import copy

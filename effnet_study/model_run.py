@@ -1,5 +1,7 @@
 """Runs of networks by their own names: B0 to B7 and torchvision's, on a profile's images or on any data set."""
 
+import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,9 +11,9 @@ from pathlib import Path
 import torch
 
 from effnet_lib import TABLE7, VARIANTS, Cost, Scaling, TrainConfig, count_cost, round_resolution
-from effnet_study.data.load import class_count
+from effnet_study.data.load import class_count, data_root
 from effnet_study.data.sources import SIZES, DataSettings
-from effnet_study.files import RESULTS
+from effnet_study.files import RESULTS, plain
 from effnet_study.pretrained import check_name, create_model
 from effnet_study.profile import Profile, load_profile, profile_names
 from effnet_study.run import Run, build_network
@@ -39,7 +41,7 @@ class ModelRun(Run):
     @property
     def config(self) -> TrainConfig:
         config = super().config
-        return config.replace(resolution=self.pixels or config.resolution)
+        return config if self.pixels is None else config.replace(resolution=self.pixels)
 
     @cached_property
     def cost(self) -> Cost:
@@ -73,32 +75,43 @@ def plan_model(
     """Plan a network by name on a data set, by the recipe of a profile with some settings changed.
 
     dataset: a profile, for its data and recipe, or the name of a data set (as in load_data), for which the recipe is
-    PLAIN_RECIPE. pixels: of the network's input. ValueError for anything unknown.
+    PLAIN_RECIPE. pixels: of the network's input. changes: to the recipe, or to the data, such as minival and test.
+    ValueError for anything unknown.
     """
     changes = dict(changes or {})
+    images = {key: changes.pop(key) for key in DataSettings.model_fields.keys() - {"name"} if key in changes}
     for key in ("resolution", "seed"):
         if key in changes:
             raise ValueError(f"{key} is no setting of the recipe; give it by --{key}")
-    if dataset in profile_names() or dataset.endswith(".yaml"):
+    if dataset in profile_names() or dataset.endswith((".yaml", ".yml")):
         profile = load_profile(dataset)
         profile = profile.replace(train=profile.train | changes, baseline=TABLE7["baseline"])
     else:
         profile = _plain_profile(model, dataset, seed, pixels, PLAIN_RECIPE | changes)
+    if images:
+        profile = profile.model_copy(update={"data": DataSettings(**profile.data.given() | images)})
     run = ModelRun(profile, model, seed, Path(results or RESULTS).absolute(), pixels)
     run.config  # noqa: B018 - raises ValueError for invalid settings
     return run
 
 
 def _plain_profile(model: str, dataset: str, seed: int, pixels: int | None, train: dict) -> Profile:
-    """Return a profile for a data set that has none, with the name of the data set's folder."""
+    """Return a profile for a data set that has none. Its name is the data set's; a folder's has letters of any script,
+    and a digest of its path, since two folders may have one name."""
     # A folder's images are stored as large as the network needs them; ImageNet's weights expect 224 px
     base = SIZES.get(dataset) or pixels or (224 if train.get("pretrained") else 64)
     size = SIZES.get(dataset) or pixels or round_resolution(VARIANTS.get(model, Scaling()).resolution, base)
-    name = Path(dataset.partition(":")[2] or dataset).expanduser().absolute().name
-    name = re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._-]+", "-", name).lstrip("-") or "folder"
-    return Profile(
-        name=name,
-        title=name,
+    title = name = dataset
+    if dataset not in SIZES:
+        path = Path(dataset.partition(":")[2]).expanduser()
+        path = Path(os.path.realpath(next((p for p in (data_root() / path, path) if p.is_dir()), path)))
+        title = plain(path.name) or "folder"
+        name = re.sub(r"[^\w.\x80-\U0010ffff-]+", "-", title).lstrip("-._") or "folder"
+        place = hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()
+        name = f"{name.encode()[:200].decode(errors='ignore')}-{place}"
+    profile = Profile(
+        name="folder",
+        title=title,
         purpose="exploratory",
         data=DataSettings(name=dataset, size=size, classes=class_count(dataset)),
         base_resolution=base,
@@ -107,3 +120,4 @@ def _plain_profile(model: str, dataset: str, seed: int, pixels: int | None, trai
         seeds=(seed,),
         train=train,
     )
+    return profile.model_copy(update={"name": name})  # a profile's file has no such name

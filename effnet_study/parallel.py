@@ -55,8 +55,9 @@ class ParallelTrainer(Trainer):
     one micro-batch of one process, as it does with `accumulation`, unless the config asks for sync_norm."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, group: Group):
-        if config.batch_size % group.world:
-            raise ValueError(f"batch_size: expected a multiple of the {group.world} devices, got {config.batch_size}")
+        if config.batch_size % group.world or config.batch_size < 2 * group.world:
+            expected = f"a multiple of the {group.world} devices, two images for each or more"
+            raise ValueError(f"batch_size: expected {expected}, got {config.batch_size}")
         if config.sync_norm:
             if device.type != "cuda":
                 raise ValueError("sync_norm: torch synchronises batch norm on GPUs only; use sync_norm: false on a CPU")

@@ -4,12 +4,16 @@ b0 to b7 are ours (effnet_lib). A few other networks are torchvision's, so that 
 """
 
 import hashlib
+import io
+import pickle
 import re
+import reprlib
 import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +24,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Other networks, from torchvision, and the name of their first convolution, whose stride is the stem's
 TORCHVISION_MODELS = {"resnet50": "conv1", "resnet152": "conv1", "densenet201": "features.conv0"}
 
-Weights = str | Path | Mapping[str, Tensor]  # a state dict with torchvision's names, or the path of a file that has one
+# Where checkpoints of other projects keep their state dict, and what wrappers of a network put before its names
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
+PREFIX = re.compile(r"(?<![^.])(?:module|_orig_mod|model|net|network)\.")
+
+Weights = str | Path | Mapping  # a state dict with torchvision's names or ours, or what wraps one, or its file
 
 
 def create_model(
@@ -28,7 +36,9 @@ def create_model(
 ) -> nn.Module:
     """Build b0 to b7, or one of TORCHVISION_MODELS, by name. `options` are those of `EfficientNet`.
 
-    pretrained: True for torchvision's ImageNet weights, or other weights with torchvision's names.
+    pretrained: True for torchvision's ImageNet weights, or other weights: a state dict with torchvision's names or
+        ours, or a file with one (safetensors or torch.save), also inside a checkpoint of another project. Batch norm
+        gets torchvision's eps.
     new_head: with pretrained, keep a new classifier, for other classes than those of the weights.
     ValueError if the weights do not fit; FileNotFoundError if the ImageNet weights cannot be fetched."""
     check_name(name)
@@ -37,7 +47,8 @@ def create_model(
         return _torchvision_model(name, num_classes, weights, new_head, **options)
     model = efficientnet(name, num_classes, **options)
     if weights is not None:
-        _load(model, {_our_name(key): value for key, value in _read(weights).items()}, "classifier", new_head)
+        named = {_our_name(PREFIX.sub("", key)): value for key, value in read_weights(weights).items()}
+        load_weights(model, named, "classifier", new_head)
         set_torchvision_eps(model)
     return model
 
@@ -69,7 +80,8 @@ def _torchvision_model(
     if weights is not None:
         # The file of DenseNet's weights has older names, which torchvision translates in the same way
         older = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
-        _load(model, {older.sub(r"\1\2.", key): value for key, value in _read(weights).items()}, head, new_head)
+        named = {older.sub(r"\1\2.", PREFIX.sub("", key)): value for key, value in read_weights(weights).items()}
+        load_weights(model, named, head, new_head)
     if dropout:
         setattr(model, head, nn.Sequential(nn.Dropout(dropout), linear))
     for module in model.modules():
@@ -131,20 +143,44 @@ def imagenet_weights(name: str) -> Path:
     return path
 
 
-def _read(weights: Weights) -> Mapping[str, Tensor]:
-    if isinstance(weights, Mapping):
-        return weights
-    return torch.load(weights, map_location="cpu", weights_only=True)  # never executes pickled code
+class BadWeights(ValueError, pickle.UnpicklingError):
+    """A file is not a state dict, or is damaged. Pickled code is never executed."""
 
 
-def _load(model: nn.Module, weights: Mapping[str, Tensor], head: str, new_head: bool) -> None:
+def read_weights(source: Weights, sha256: str | None = None) -> Mapping[str, Tensor]:
+    """Return the state dict of a file, or of a checkpoint that wraps one. The file is one of safetensors or torch.save.
+
+    OSError if it cannot be read; BadWeights if there is no state dict in it, or it does not have the `sha256`."""
+    found, expected = source, "expected safetensors, or what torch.save(model.state_dict(), FILE) writes"
+    if not isinstance(source, Mapping):
+        body = Path(source).read_bytes()
+        if sha256 not in (None, hashlib.sha256(body).hexdigest()):
+            raise BadWeights(f"{source} is damaged: its sha256 is not the recorded one; restore it")
+        try:  # a safetensors file begins with the length of its header, in eight bytes
+            safe = body[8:9] == b"{"
+            found = safetensors.torch.load(body) if safe else torch.load(io.BytesIO(body), "cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a torn or foreign file
+            why = textwrap.shorten(f"{type(error).__name__}: {error}", 120)
+            raise BadWeights(f"{source} has no weights, or is damaged ({why}); {expected}") from None
+    for key in WRAPPERS * 2:  # one may be in another
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    kind = f"a dict of {reprlib.repr([*found])}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+    entries = found.items() if isinstance(found, Mapping) else ()
+    if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
+        raise BadWeights(f"{'weights' if isinstance(source, Mapping) else source}: found {kind}; {expected}")
+    return found
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], head: str = "", new_head: bool = False) -> None:
     """Load a state dict with the model's names. new_head: keep the model's own classifier, whose name is `head`."""
     own = {key: value for key, value in model.state_dict().items() if new_head and key.startswith(f"{head}.")}
     try:
         model.load_state_dict({**weights, **own})
     except RuntimeError as error:
         first = textwrap.shorten(str(error).splitlines()[1], 200)
-        hint = "to fine-tune on other classes: new_head=True" if f"for {head}." in first else "is it the same network?"
+        hint = f"is it the same network? The weights have {', '.join([*weights][:3])}, ..."
+        hint = "to fine-tune on other classes: new_head=True" if head and f"for {head}." in first else hint
         raise ValueError(f"weights do not fit: {first} {hint}") from None
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import reprlib
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
-from effnet_lib import TABLE7, Cost, Positive, Scaling, Settings, TrainConfig, compound_scaling, unknown_name
+from effnet_lib import TABLE7, Cost, Positive, Scaling, Seed, Settings, TrainConfig, compound_scaling, unknown_name
 from effnet_study.data.sources import CLASS_COUNTS, DataSettings
 from effnet_study.files import NOTEBOOKS, RESULTS
 from effnet_study.methods import (
@@ -77,7 +78,7 @@ class Baseline(Settings):
     width: Positive = 1.0
 
 
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False), AfterValidator(_distinct)]
+Seeds = Annotated[tuple[Seed, ...], Strict(False), AfterValidator(_distinct)]
 
 
 class Search(Settings):
@@ -207,6 +208,40 @@ class Profile(Settings):
 # ---- 2. Loading ----------------------------------------------------------------------------------------------------
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which only true and false are truth values, and only decimal numbers are numbers: in YAML 1.1, no is
+    false, 010 is 8, and 1:30 is 90. A key may be given once."""
+
+    def construct_mapping(self, node, deep=False):
+        given = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if str(key.value) in given:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            given.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag.endswith((":float", ":null", ":merge"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("[-+]?(?:0|[1-9][0-9_]*)$"), [*"-+0123456789"])
+
+
+def read_yaml(text: str, name: str) -> object:
+    """Read YAML, with names as keys. ValueError has the name, the line and the problem."""
+    try:
+        return _with_names(yaml.load(text, _Loader))
+    except yaml.reader.ReaderError as error:
+        line, problem = text.count("\n", 0, error.position), "expected text in UTF-8, without control characters"
+    except yaml.MarkedYAMLError as error:
+        line, problem = error.problem_mark.line, error.problem
+    except Exception as error:  # yaml lets many kinds through
+        line, problem = None, error
+    raise ValueError(f"{name}: cannot be read{'' if line is None else f': line {line + 1}'}: {problem}")
+
+
 def profile_names() -> list[str]:
     """List the profiles of notebooks/profiles."""
     return sorted(path.stem for path in (NOTEBOOKS / "profiles").glob("*.yaml"))
@@ -225,16 +260,20 @@ def load_profile(name: str | Path) -> Profile:
 def _read(name: str | Path) -> tuple[Path, dict]:
     path = Path(name)
     if path.suffix != ".yaml":
+        if path.suffix == ".yml":
+            raise ValueError(f"profile {name}: expected a profile's name, or a file that ends in .yaml; rename it")
         if str(name) not in profile_names():
             raise unknown_name("profile", str(name), profile_names())
         path = NOTEBOOKS / "profiles" / f"{name}.yaml"
     try:
-        values = yaml.safe_load(path.read_text())
-    except Exception as error:  # yaml lets many kinds through
-        raise ValueError(f"profile {path}: cannot be read: {error}") from None
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")  # read_yaml refuses what is not UTF-8
+    except OSError as error:
+        raise ValueError(f"profile {path}: cannot be read: {error.strerror}") from None
+    values = read_yaml(text, f"profile {path}")
     if not isinstance(values, dict):
-        raise ValueError(f"profile {path.name}: expected keys and values, got {values!r}")
-    return path, _with_names(values)
+        got = reprlib.repr(values) if values else "nothing"
+        raise ValueError(f"profile {path}: expected keys and values, got {got}")
+    return path, values
 
 
 def _with_names(value: object) -> object:

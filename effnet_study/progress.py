@@ -22,7 +22,7 @@ from rich.live import Live as RichLive
 from rich.table import Table
 from rich.text import Text
 
-from effnet_study.files import HISTORY, holder_of, load_history, read_progress
+from effnet_study.files import HISTORY, holder_of, load_history, plain, read_progress
 from effnet_study.record import ending, read_record
 from effnet_study.run import Run
 
@@ -102,7 +102,7 @@ def status_table(runs: Sequence[Run], console: Console, lines: int | None = None
     """
     rows, profile = progress(runs, known), runs[0].profile
     count = rows["state"].value_counts(sort=False)
-    title = f"{profile.title} ({profile.stamp})\n" + ", ".join(f"{n} {state}" for state, n in count.items())
+    title = f"{plain(profile.title)} ({profile.stamp})\n" + ", ".join(f"{n} {state}" for state, n in count.items())
     left = rows["left"][~rows["state"].isin(SETTLED)]
     if len(left) and left.notna().all():
         title += f"; about {_time(max(left.max(), left.sum() / max(1, count.get('running', 1))))} left"
@@ -113,7 +113,8 @@ def status_table(runs: Sequence[Run], console: Console, lines: int | None = None
     names = list(cells[0])
     for left_out in (None, *OPTIONAL):
         names = [name for name in names if name != left_out]
-        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True)
+        heading = Text(title, "table.title")  # as text, since brackets in a title are no markup
+        table = Table(title=heading, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True)
         for name in names:
             table.add_column(name, justify="left" if name in ("method", "state") else "right", no_wrap=True)
         for row in cells:

@@ -1,13 +1,13 @@
 """The protocol of a study: what makes a profile evidence."""
 
 import re
-import subprocess
 from functools import cache
 
 from pydantic import model_validator
 
 from effnet_lib import Settings
 from effnet_study.files import ROOT
+from effnet_study.machine import git
 
 
 class Protocol(Settings):
@@ -43,14 +43,10 @@ def protocol_text(commit: str | None) -> str | None:
     if commit is None:
         return now
     try:
-        shown = _git("show", f"{commit}:report/PROTOCOL.md")
-        whole = _git("rev-parse", "--is-shallow-repository").stdout.strip() == "false"
+        shown = git("show", f"{commit}:report/PROTOCOL.md", root=ROOT)
+        whole = git("rev-parse", "--is-shallow-repository", root=ROOT).stdout.strip() == "false"
     except FileNotFoundError:  # no git
         return now
     if shown.returncode == 0:
         return shown.stdout
     return None if whole else now
-
-
-def _git(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, encoding="utf-8")

@@ -85,7 +85,7 @@ def read_record(run_dir: str | Path, name: str = "run.json") -> dict | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(record, dict) and record.get("schema") not in (1, 2, SCHEMA_VERSION):
             raise ValueError(f"schema {record.get('schema')!r}, expected 1 to {SCHEMA_VERSION}")
         try:

@@ -163,11 +163,13 @@ class Run:
 
     def _processes(self, device: str | None) -> int:
         """Count the profile's devices. ValueError if this machine has fewer GPUs."""
-        wanted, gpus = self.profile.devices, gpu_count(device)
+        wanted, gpus, images = self.profile.devices, gpu_count(device), self.config.batch_size
         if wanted == "auto":
-            return max(1, gpus)
-        if 0 < gpus < wanted:
+            wanted = max(1, gpus)
+        elif 0 < gpus < wanted:
             raise ValueError(f"devices: profile {self.profile.name} asks for {wanted}, torch finds {gpus}; use auto")
+        if images % wanted or images < 2 * wanted:  # batch norm cannot train on a single image
+            raise ValueError(f"batch_size: expected two images or more, equally for {wanted} devices, got {images}")
         return wanted
 
     def differences(self, record: Mapping) -> list[str]:

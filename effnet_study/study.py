@@ -1,7 +1,6 @@
 """A whole study: find the runs that are left, and execute their notebooks, the search and the analysis."""
 
 import json
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +15,8 @@ from effnet_study.execution.local import Execution, execute, gpus_per_run, plan_
 from effnet_study.execution.notebook import TRY_AGAIN
 from effnet_study.execution.ray import execute_on_ray
 from effnet_study.execution.slurm import slurm_executor, submit_to_slurm
-from effnet_study.files import ROOT, RunLocked, RunMismatch, hold, holder_of
-from effnet_study.machine import choose_device, gpu_count
+from effnet_study.files import RunLocked, RunMismatch, hold, holder_of
+from effnet_study.machine import choose_device, git, gpu_count
 from effnet_study.methods import TRAINED_BY, base_method
 from effnet_study.profile import Profile
 from effnet_study.progress import live_table, print_status
@@ -150,11 +149,14 @@ class Launcher:
 
     def _prepare(self, todo: Sequence[Run]) -> None:
         """Prepare the study's folder: set failed runs aside, and delete an analysis that will be out of date."""
+        damaged = any(run.state() == "damaged" for run in self.runs)
+        if not (todo or damaged or self._to_analyse):
+            return  # nothing is written to a complete study, which may be another user's
         self.study_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.study_dir):  # raises OSError if the folder is not writable
             pass
         set_aside(todo)
-        if todo or any(run.state() == "damaged" for run in self.runs):
+        if todo or damaged:
             self.analysed.unlink(missing_ok=True)
 
     # ---- 3. Executing notebooks ------------------------------------------------------------------------------------
@@ -276,8 +278,8 @@ def _provenance(runs: Sequence[Run]) -> str:
     records = [read_record(run.run_dir) for run in runs if run.state() == "finished"]
     if not records:
         return "No run has finished."
-    log = ["git", "log", "-1", "--format=committed by %an on %as", "--", str(runs[0].study_dir)]
-    made = subprocess.run(log, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "made here, not committed"
+    log = git("log", "-1", "--format=committed by %an on %as", "--", str(runs[0].study_dir))
+    made = log.stdout.strip() or "made here, not committed"
     first, last = min(r["started"] for r in records)[:10], max(r["ended"] for r in records)[:10]
     devices = dict.fromkeys(record["device"]["name"] for record in records)
     commits = dict.fromkeys(str(record["git"]["commit"])[:10] for record in records)

@@ -6,6 +6,7 @@ its progress, goes on with smaller micro-batches when memory runs out, and ends 
 
 import contextlib
 import copy
+import hashlib
 import io
 import math
 import os
@@ -175,7 +176,7 @@ class Training:
             try:
                 return self.loop()
             except RuntimeError as error:
-                if not out_of_memory(error) or self.trainer.micro_batch == 1:
+                if not out_of_memory(error) or self.trainer.micro_batch <= 2:
                     raise
                 smaller = math.ceil(self.trainer.micro_batch / 2)
                 print(f"out of memory: going on with micro-batches of {smaller}", flush=True)
@@ -264,9 +265,10 @@ class Training:
         kept = {name: test.pop(name).astype(kind) for name, kind in kinds.items()}
         _write_arrays(self.run_dir / PREDICTIONS, np.savez_compressed, **kept)
         weights = {name: tensor.contiguous().cpu() for name, tensor in self.trainer.ema.state_dict().items()}
-        replace_file(self.run_dir / WEIGHTS, safetensors.torch.save(weights))
+        replace_file(self.run_dir / WEIGHTS, weights := safetensors.torch.save(weights))
         (self.run_dir / MICRO_BATCH).unlink(missing_ok=True)
         outcome = {"status": "finished", "test": test, "test_raw": {name: raw[name] for name in test}}
+        outcome["weights_sha256"] = hashlib.sha256(weights).hexdigest()
         return outcome | self.closing(time.perf_counter() - begin)
 
     def diverged(self, bad: int) -> dict:
@@ -375,7 +377,8 @@ class Training:
 
 def _tidy(run_dir: Path) -> None:
     """Remove the progress file of an ended run, and its checkpoints if it has its final weights."""
-    (run_dir / PROGRESS).unlink(missing_ok=True)
+    if (run_dir / PROGRESS).exists():  # a read-only file system refuses also what is not there
+        (run_dir / PROGRESS).unlink(missing_ok=True)
     if (run_dir / WEIGHTS).exists():
         remove_checkpoints(run_dir)
 

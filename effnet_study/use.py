@@ -9,9 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -21,17 +21,24 @@ from effnet_study.data.decode import open_image, read_image, reason
 from effnet_study.data.load import data_root
 from effnet_study.files import WEIGHTS, replace_file
 from effnet_study.machine import choose_device
-from effnet_study.pretrained import TORCHVISION_MODELS, create_model, published_weights, set_torchvision_eps
+from effnet_study.pretrained import (
+    TORCHVISION_MODELS,
+    create_model,
+    load_weights,
+    published_weights,
+    read_weights,
+    set_torchvision_eps,
+)
 from effnet_study.record import read_record, recorded_scaling
 from effnet_study.run import build_network
 
 
 def load_trained(run_dir: str | Path, model: nn.Module) -> nn.Module:
     """Load the final EMA weights of a finished run into `model`, and return it in evaluation mode."""
-    path = Path(run_dir) / WEIGHTS
-    if not path.exists() or read_record(run_dir) is None:
+    path, record = Path(run_dir) / WEIGHTS, read_record(run_dir)
+    if not path.exists() or record is None:
         raise FileNotFoundError(f"{path} of a finished run is not there (weights are not committed): run it first")
-    model.load_state_dict(safetensors.torch.load_file(path))
+    load_weights(model, read_weights(path, record.get("weights_sha256")))
     return model.eval()
 
 
@@ -40,6 +47,9 @@ def load_run(source: str | Path) -> tuple[nn.Module, dict]:
 
     ValueError if the record does not say enough; FileNotFoundError if there is no run, or no weights."""
     run_dir = Path(source).parent if Path(source).name == "run.json" else Path(source)
+    if run_dir.is_file():
+        reads = "create_model(NAME, CLASSES, pretrained=FILE) reads weights that have no record"
+        raise ValueError(f"{run_dir}: expected the folder of a finished run, or its run.json, got a file; {reads}")
     record = read_record(run_dir)
     if record is None:
         raise FileNotFoundError(f"{run_dir}: expected the folder of a finished run, with a run.json")
@@ -89,8 +99,9 @@ def load_classifier(source: str | Path) -> Classifier:
         raise unknown_name("network", str(source), [*names, "the folder of a finished run"])
     model, record = load_run(source)
     dataset, resolution = record["dataset"], record["config"]["resolution"]
-    if "class_names" not in dataset:
-        raise ValueError(f"{source}: its record does not name its classes: it is of an older version; train it again")
+    for part in ("class_names", "stored_pixels", "mean", "std"):
+        if part not in dataset:
+            raise ValueError(f"{source}: its record has no {part}: it is of an older version; train it again")
 
     def prepare(file: Path) -> Tensor:  # exactly as its training images were prepared
         pixels, *_ = read_image(file, dataset["stored_pixels"][0])
@@ -198,6 +209,16 @@ def _to_onnx(program: torch.export.ExportedProgram, output: Path, metadata: dict
     return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
+def _read_rgb(path: str) -> Image.Image:
+    """Read an image as torchvision does."""
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except Exception as error:  # a decoder that reads garbage may raise anything
+        raise ValueError(f"{path} cannot be read as an image: {reason(Path(path), error)}") from None
+
+
 def check_on_imagenet(
     name: str, root: str | Path | None = None, images: int | None = None, workers: int = 4, device: str | None = None
 ) -> dict:
@@ -207,6 +228,8 @@ def check_on_imagenet(
     Returns top1 and top5 in percent, those that torchvision publishes, and the number of images."""
     from torchvision.datasets import ImageFolder
 
+    if name not in (*VARIANTS, *TORCHVISION_MODELS) and Path(name).exists():
+        raise ValueError(f"{name}: expected the name of a network with ImageNet's 1,000 classes, got a path")
     weights = published_weights(name)
     if images is not None and images < 1:
         raise ValueError(f"images: expected a whole number of at least 1, got {images!r}")
@@ -216,14 +239,17 @@ def check_on_imagenet(
             f"{folder.absolute()} is not there: put ImageNet's validation images there, sorted into their 1,000 "
             "class folders (n01440764, ...)"
         )
-    data = ImageFolder(folder, weights.transforms())
+    data = ImageFolder(folder, weights.transforms(), loader=_read_rgb)
     if len(data.classes) != classes:
         raise ValueError(f"{folder} has {len(data.classes)} class folders, expected {classes}")
     chosen = np.random.default_rng(0).permutation(len(data))[:images].tolist()
     batches = DataLoader(Subset(data, chosen), batch_size=64, num_workers=min(workers, os.cpu_count() or 1))
     model = create_model(name, pretrained=True).to(choose_device(device), memory_format=torch.channels_last)
     data = SimpleNamespace(eval_batches=lambda split, resolution, batch_size: batches)
-    scores = evaluate(model, data, "val", weights.transforms().crop_size[0], precision="fp32")
+    try:
+        scores = evaluate(model, data, "val", weights.transforms().crop_size[0], precision="fp32")
+    except ValueError as error:  # from a worker it comes with the worker's traceback
+        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
     published = weights.meta["_metrics"]["ImageNet-1K"]
     published = {"published_top1": published["acc@1"], "published_top5": published["acc@5"]}
     return {"top1": scores["top1"], "top5": scores["top5"], **published, "images": len(chosen)}

@@ -64,7 +64,7 @@ SMALL_PROFILE = {
 def pytest_collection_modifyitems(items):
     """Let one worker run all tests that share a fixture which takes long to make."""
     for item in items:
-        for shared in ("executed", "benched", "rebuilt", "trained", "base_end", "lab", "undisturbed"):
+        for shared in ("executed", "benched", "rebuilt", "trained", "base_end", "lab", "undisturbed", "probed"):
             if shared in item.fixturenames:
                 item.add_marker(pytest.mark.xdist_group(shared))
 

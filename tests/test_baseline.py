@@ -310,7 +310,7 @@ def test_a_network_by_name_has_its_own_pixels_unless_others_are_asked_for(profil
 def test_a_folder_of_images_needs_no_profile(image_folder, tmp_path):
     name = f"folder:{image_folder()}"
     run = plan_model("b1", name, tmp_path, changes={"epochs": 3})
-    assert run.profile.name == "pictures" and run.profile.num_classes == 2 and run.profile.seeds == (0,)
+    assert run.profile.title == "pictures" and run.profile.num_classes == 2 and run.profile.seeds == (0,)
     assert run.profile.base_resolution == 64 and run.profile.stem_stride == 1 and run.profile.data.size == 69
     assert run.config.resolution == 69 and run.config.epochs == 3 and run.config.lr == 0.05  # 64 x 240 / 224
     larger = plan_model("b0", name, tmp_path, changes={"pretrained": True})
@@ -398,6 +398,71 @@ def test_bad_profiles_are_refused_by_name(profile_file, changes, message):
     message = message.replace("{", r"\{").replace("(", r"\(")
     with pytest.raises(ValueError, match=f"profile tiny.yaml: .*{message}"):
         study.load_profile(profile_file(**changes))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "expected keys and values, got nothing"),
+        (b"- a\n- b\n", r"expected keys and values, got \['a', 'b'\]"),
+        (b"title: T\nseeds: [0, 1\nmethods: 3\n", "cannot be read: line 3: expected ',' or ']'"),
+        (b"title: T\nseeds: [0]\ntitle: U\n", "cannot be read: line 3: title is given twice"),
+        (b"train: {lr: 0.1,\n  lr: 0.2}\n", "cannot be read: line 2: lr is given twice"),
+        (b"title: T\nnote: caf\xe9\n", "cannot be read: line 2: expected text in UTF-8"),
+        (b"title: T\n\nnote: \x00\n", "cannot be read: line 3: expected .* without control characters"),
+        ("title: T\n".encode("utf-16"), "cannot be read: line 1: expected text in UTF-8"),
+        (b"a: &a [*a]\nb: &b {b: *b}", "cannot be read: "),
+        (b"title: !!python/name:os.system\n", "cannot be read: line 1: could not determine a constructor"),
+        (b"on: 3\n", "unknown key 'on'"),
+    ],
+)
+def test_a_profiles_file_that_cannot_be_read_is_named_with_the_line(content, message, tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"mine.yaml: {message}"):
+        study.load_profile(path)
+    assert main(["status", str(path)]) == 2 and "mine.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("train: {lr: 1e-4}", "lr: expected a valid number, got '1e-4'; in YAML write 1.0e-3, not 1e-3"),
+        ("train: {epochs: 010}", "epochs: expected a valid integer, got '010'"),  # 8 in YAML 1.1
+        ("train: {lr: 1:30}", "lr: expected a valid number, got '1:30'"),  # 90
+        ("train: {flip: off}", "flip: expected a valid boolean, got 'off'; in YAML write true or false"),
+        ("purpose: no", "unknown purpose 'no'"),
+        ("seeds: [-1]", "seeds: 0: expected a value greater than or equal to 0, got -1"),
+        (f"seeds: [{2**63}]", "seeds: 0: expected a value less than 9223372036854775808"),
+    ],
+)
+def test_traps_of_yaml_are_said(line, message, profile_file):
+    path = profile_file(**{line.partition(":")[0]: None})
+    path.write_text(f"{path.read_text()}{line}\n")
+    with pytest.raises(ValueError, match=f"tiny.yaml: .*{message}"):
+        study.load_profile(path)
+
+
+def test_words_that_yaml_takes_for_others_are_words(profile_file):
+    path = profile_file(title=None)
+    for title in ("no", "on", "2024-01-01", "1e-4"):
+        path.write_text(f"{path.read_text()}title: {title}\n")
+        assert study.load_profile(path).title == title
+        path.write_text(path.read_text().rpartition("title")[0])
+
+
+def test_a_profiles_file_ends_in_yaml(profile_file):
+    path = profile_file().rename(profile_file().with_suffix(".yml"))
+    with pytest.raises(ValueError, match=r"tiny\.yml: expected a profile's name, or a file that ends in \.yaml"):
+        study.load_profile(path)
+
+
+def test_each_device_gets_two_images(profile_file, tmp_path):
+    for devices in (3, 20):
+        run = study.Run.plan(study.load_profile(profile_file(devices=devices)), "baseline", 0, tmp_path)
+        with pytest.raises(ValueError, match=f"two images or more, equally for {devices} devices, got 20"):
+            run.train(None, "cpu")
+        assert run.state() == "missing"
 
 
 def test_a_profile_says_what_its_file_says(profile_file):

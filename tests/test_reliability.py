@@ -450,7 +450,7 @@ def test_a_disk_that_is_full_at_any_write_loses_nothing(tmp_path, digits, whole,
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_bytes", fails_once)
-    monkeypatch.setattr(Path, "write_text", lambda path, content: fails_once(path, content.encode()))
+    monkeypatch.setattr(Path, "write_text", lambda path, content, encoding: fails_once(path, content.encode(encoding)))
     while read_record(tmp_path / "full") is None:
         starts += 1
         left = starts + 1  # one more: that of .holder, which is allowed to fail

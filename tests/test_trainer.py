@@ -67,9 +67,9 @@ def by_hand(config, epochs=2):
     for epoch in range(epochs):
         for images, labels in batches(epoch):
             leaves = {name: value.clone().requires_grad_() for name, value in p.items()}
-            size, total = math.ceil(len(labels) / config.accumulation), 0.0
-            for first in range(0, len(labels), size):
-                x, y = images[first : first + size].flatten(1).double(), labels[first : first + size]
+            total = 0.0
+            for part in np.array_split(np.arange(len(labels)), config.accumulation):
+                x, y = images[part].flatten(1).double(), labels[part]
                 m, v = x.mean(0), x.var(0, unbiased=False)
                 normed = (x - m) / (v + 1e-5).sqrt() * leaves["norm.weight"] + leaves["norm.bias"]
                 mean, var = 0.9 * mean + 0.1 * m, 0.9 * var + 0.1 * x.var(0, unbiased=True)
@@ -122,7 +122,7 @@ RECIPES = {
     "no decay": {"weight_decay": 0.0},
     "no momentum": {"momentum": 0.0},
     "clipped": {"clip_norm": 0.3},
-    "accumulated, the last micro-batch smaller": {"accumulation": 3},
+    "accumulated, in 4, 3 and 3 images": {"accumulation": 3},
     "a longer schedule": {"epochs": 5},
     "a slow average, which warms up": {"ema_decay": 0.999},
     "half the rate": {"lr": 0.15},
@@ -187,6 +187,19 @@ def test_dropout_and_stochastic_depth_draw_differently_in_every_epoch_step_micro
     every = draws(accumulation=2) + draws(epoch=1) + draws(step=1) + draws(seed=1)
     assert len(every) == 5 and len(set(every)) == 5
     assert draws(seed=1, epoch=2, step=1) == draws(seed=1, epoch=2, step=1)
+
+
+@pytest.mark.parametrize("images", range(2, 14))
+def test_micro_batches_are_even_and_none_has_a_single_image(images):
+    """Batch norm cannot train on one. What divides the batch is split as it was always split."""
+    x, y = torch.randn(images, 3, PIXELS, PIXELS), torch.arange(images) % CLASSES
+    for size in range(1, images + 1):
+        trainer = Trainer(Small(), TrainConfig(**BASE), CPU)
+        trainer.micro_batch = size
+        trainer.step(x, y, 0, 0, STEPS)
+        sizes = [n for training, n, _ in trainer.model.seen if training]
+        assert sum(sizes) == images and min(sizes) >= 2 and max(sizes) - min(sizes) <= 1
+        assert max(sizes) <= max(size, 3) and (size == 1 or images % size or set(sizes) == {size})
 
 
 # ---- The recipe reaches the network
@@ -396,7 +409,7 @@ def test_a_run_stopped_after_every_step_ends_where_the_formulas_lead(changes, tm
     for name, value in {**ema, "norm.running_mean": ema_mean}.items():
         torch.testing.assert_close(kept[name].double(), value, rtol=1e-4, atol=1e-6)
     assert kept["norm.num_batches_tracked"] == 2 * STEPS * config.accumulation
-    firsts = range(0, 10, math.ceil(10 / config.accumulation))
+    firsts = [part[0] for part in np.array_split(np.arange(10), config.accumulation)]
     places = itertools.product(range(2), range(STEPS), firsts)
     drawn = [torch.rand(1, generator=torch.Generator().manual_seed(step_seed(0, *place))).item() for place in places]
     assert [entry[2] for entry in seen] == drawn

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -87,7 +88,11 @@ def test_the_learning_rate_peaks_once_and_ends_near_zero(schedule, epochs):
         ({"compile": True}, "unknown compile True"),
         ({"compile": "allways"}, "unknown compile 'allways'. Did you mean 'always'"),
         ({"optimizer": "sdg"}, "unknown optimizer 'sdg'. Did you mean 'sgd'"),
-        ({"batch_size": 4, "accumulation": 5}, "accumulation: expected at most batch_size 4, got 5"),
+        ({"batch_size": 5, "accumulation": 3}, "accumulation: expected at most half of batch_size, 2, got 3"),
+        ({"batch_size": 1}, "batch_size: expected a value greater than or equal to 2, got 1"),
+        ({"seed": -1}, "seed: expected a value greater than or equal to 0, got -1"),
+        ({"seed": 2**63}, "seed: expected a value less than 9223372036854775808, got 9223372036854775808"),
+        ({"flip": "no"}, "flip: expected a valid boolean, got 'no'; in YAML write true or false"),
     ],
 )
 def test_bad_settings_are_refused_by_name(changes, message):
@@ -176,6 +181,7 @@ def test_a_run_learns_and_leaves_its_record(whole, digits):
     assert record["cost"] == {"params": 600 + 16 + 1290, "flops": flops, "activations": 512 + 10}
     assert record["dataset"]["counts"] == {"train": 240, "minival": 144, "test": 360}
     assert record["dataset"]["fingerprint"] == digits.fingerprint
+    assert record["weights_sha256"] == hashlib.sha256((whole / "weights.safetensors").read_bytes()).hexdigest()
     assert record["versions"]["torch"] == torch.__version__ and record["device"]["type"] == "cpu"
     assert record["peak_memory_bytes"] > 1e8
     assert (record["dtype"], record["compiled"], record["devices"], record["micro_batch"]) == ("float32", False, 1, 24)
@@ -377,7 +383,16 @@ def test_a_run_goes_on_with_the_micro_batch_that_fitted(tmp_path, digits):
     assert set(seen) == {12}
 
 
-def test_one_image_that_does_not_fit_is_a_failure(tmp_path, digits):
+def test_no_micro_batch_that_memory_asks_for_has_one_image(tmp_path, digits):
+    """Halving leads from 9 to 5, 3 and 2 images; in twos, the last one of nine would be alone."""
+    seen = []
+    record = train(full(seen, limit=3), digits, small_config(epochs=1, batch_size=9), tmp_path, device="cpu")
+    assert record["status"] == "finished" and set(seen) == {3}
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        train(full([], limit=2), digits, small_config(epochs=1, batch_size=3), tmp_path / "two", device="cpu")
+
+
+def test_two_images_that_do_not_fit_are_a_failure(tmp_path, digits):
     with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
         train(full([], limit=0), digits, small_config(), tmp_path)
     assert read_record(tmp_path) is None  # of the machine, not of the run
@@ -469,7 +484,7 @@ def test_scoring_out_of_memory_starts_again_with_half_the_batch(tmp_path, digits
 def test_settings_that_several_processes_cannot_share_are_refused():
     group = Group(CPU)
     group.world = 5
-    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 5 devices, got 24"):
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 5 devices.* got 24"):
         ParallelTrainer(small_net(), small_config(), CPU, group)
     with pytest.raises(ValueError, match="sync_norm: torch synchronises batch norm on GPUs only"):
         ParallelTrainer(small_net(), small_config(sync_norm=True), CPU, Group(CPU))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import pickle
+import shutil
 import tarfile
 from functools import partial
 from types import SimpleNamespace
@@ -48,7 +49,7 @@ def trained(tmp_path_factory):
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
     words = ["train", "--model", "b0", "--dataset", f"folder:{place / 'pictures'}", "--resolution", "16"]
     assert main([*words, "epochs=4", "batch_size=12", "--results", str(place), "--seed", "3"]) == 0
-    (run,) = (place / "pictures" / "models").iterdir()
+    (run,) = place.glob("pictures*/models/*")
     return run, place / "pictures"
 
 
@@ -284,11 +285,157 @@ def test_an_export_that_differs_is_not_kept(made, tmp_path, monkeypatch):
         (["evaluate", "b0", "--images", "0"], "images: expected a whole number of at least 1, got 0"),
         (["train", "quick", "b0", "resolution=64"], "resolution is no setting of the recipe; give it by --resolution"),
         (["train", "--model", "b0", "--dataset", "quick", "seed=1"], "give it by --seed"),
+        (["train", "quick", "b0", "lr=[0.1"], "lr=[0.1: cannot be read: line 1: expected ',' or ']'"),
+        (["train", "quick", "b0", "lr=1e-4"], "lr: expected a valid number, got '1e-4'; in YAML write 1.0e-3"),
+        (["train", "quick", "b0", "flip=no"], "flip: expected a valid boolean, got 'no'; in YAML write true or false"),
+        (["train", "quick", "b0", "lr=0.1", "lr=0.2"], "lr is given twice"),
+        (["train", "quick", "b0", "freeze=false", "--freeze"], "freeze is given twice"),
+        (["train", "quick", "b0", "batch_size=1"], "batch_size: expected a value greater than or equal to 2, got 1"),
+        (["train", "quick", "b0", "--seed", "-1"], "seed: expected a value greater than or equal to 0, got -1"),
+        (["train", "quick", "b0", "--seed", "9" * 30], "seed: expected a value less than"),
+        (
+            ["train", "--model", "b0", "--dataset", "mine.yml"],
+            "mine.yml: expected a profile's name, or a file that ends",
+        ),
+        (["data", "digits", "minivall=0.2"], "unknown setting 'minivall'. Did you mean 'minival'"),
+        (["data", "digits", "test=0.2"], "test: digits has a test set of its own"),
+        (
+            ["train", "quick", "b0", "--resolution", "0"],
+            "resolution: expected a value greater than or equal to 1, got 0",
+        ),
+        (["bench", "--rounds", "0"], "'--rounds'"),
+        (["evaluate", "b9"], "unknown model 'b9'"),
+        (["evaluate", "tests"], "expected the name of a network with ImageNet's 1,000 classes, got a path"),
+        (
+            ["predict", "pyproject.toml", "x.png"],
+            "pyproject.toml: expected the folder of a finished run, or its run.json",
+        ),
+        (
+            ["export", "pyproject.toml"],
+            "create_model(NAME, CLASSES, pretrained=FILE) reads weights that have no record",
+        ),
+        (["rerun", "pyproject.toml"], "expected a run.json, or a folder with one"),
     ],
 )
 def test_bad_words_are_answered_clearly(words, message, capsys):
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+def saved(content, path):
+    torch.save(content, path)
+    return path.read_bytes()
+
+
+DAMAGES = {
+    "cut off": (lambda body, path: body[: len(body) // 2], "weights.safetensors has no weights, or is damaged"),
+    "empty": (lambda body, path: b"", "weights.safetensors has no weights, or is damaged"),
+    "a text": (lambda body, path: b"version https://git-lfs.github.com/spec/v1\n", "has no weights, or is damaged"),
+    "a network": (lambda body, path: saved(nn.Linear(2, 2), path), "has no weights, or is damaged (UnpicklingError"),
+    "a list": (lambda body, path: saved([1, 2], path), "weights.safetensors: found a list; expected safetensors"),
+    "numbered": (lambda body, path: saved({1: torch.ones(2)}, path), "found a dict of [1]; expected safetensors"),
+    "a step count": (lambda body, path: saved({"step": 3}, path), "found a dict of ['step']; expected safetensors"),
+    "another network": (lambda body, path: saved({"conv1.weight": torch.ones(2)}, path), "weights do not fit: Missing"),
+    "a folder": (None, "Is a directory"),
+}
+
+
+@pytest.mark.parametrize("damage, message", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("command", ["predict", "export"])
+def test_a_bad_file_of_weights_is_named(command, damage, message, made, tmp_path, capsys):
+    run = shutil.copytree(made, tmp_path / "run")
+    path = run / "weights.safetensors"
+    body = path.read_bytes()
+    if damage is None:
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes(damage(body, path))
+    assert main([command, str(run), *["x.png"] * (command == "predict")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_flipped_bit_of_the_weights_is_noticed(trained, tmp_path, capsys):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    path = run / "weights.safetensors"
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2] ^= 1
+    path.write_bytes(body)
+    assert main(["predict", str(run), "x.png"]) == 2
+    assert f"{path} is damaged: its sha256 is not the recorded one" in capsys.readouterr().err
+
+
+CHECKPOINTS = {
+    "wrapped": lambda weights: {"state_dict": weights, "epoch": 3},
+    "of a trainer": lambda weights: {"model_state_dict": weights, "optimizer_state_dict": {"state": {}}},
+    "of torchvision's reference": lambda weights: {"model": weights, "args": {}},
+    "of DataParallel": lambda weights: {f"module.{key}": value for key, value in weights.items()},
+    "compiled": lambda weights: {f"_orig_mod.{key}": value for key, value in weights.items()},
+    "of Lightning": lambda weights: {"state_dict": {f"model._orig_mod.{k}": v for k, v in weights.items()}},
+    "nested": lambda weights: {"model": {"state_dict": {f"module.{k}": v for k, v in weights.items()}}},
+}
+
+
+@pytest.mark.parametrize("wrap", CHECKPOINTS.values(), ids=CHECKPOINTS)
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_checkpoint_that_wraps_a_state_dict_is_read(wrap, ours, tmp_path, monkeypatch):
+    theirs = get_model("efficientnet_b0", weights=None, num_classes=3)
+    expected = create_model("b0", 3, pretrained=theirs.state_dict())
+    torch.save(wrap((expected if ours else theirs).state_dict()), tmp_path / "checkpoint.pth")
+    read = create_model("b0", 3, pretrained=tmp_path / "checkpoint.pth").state_dict()
+    assert all(torch.equal(read[key], value) for key, value in expected.state_dict().items())
+
+
+def test_weights_are_read_from_safetensors_whatever_the_file_is_called(tmp_path):
+    theirs = get_model("resnet50", weights=None).state_dict()
+    save_file(theirs, tmp_path / "weights.pth")
+    read = create_model("resnet50", pretrained=tmp_path / "weights.pth")
+    assert torch.equal(read.conv1.weight, theirs["conv1.weight"])
+
+
+def test_the_names_of_another_projects_weights_are_said(tmp_path):
+    torch.save({"state_dict": {"conv_stem.weight": torch.zeros(2), "bn1.bias": torch.zeros(2)}}, tmp_path / "timm.pth")
+    with pytest.raises(ValueError, match="weights do not fit: .*The weights have conv_stem.weight, bn1.bias"):
+        create_model("b0", pretrained=tmp_path / "timm.pth")
+    with pytest.raises(OSError, match=r"nowhere\.pth"):
+        create_model("b0", pretrained=tmp_path / "nowhere.pth")
+    with pytest.raises(OSError, match="Is a directory"):
+        create_model("b0", pretrained=tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{no json", b"\xff\xfe", b"[]", b"{}", None], ids=str)
+@pytest.mark.parametrize("command", ["predict", "export", "rerun"])
+def test_a_bad_record_is_named(command, content, tmp_path, capsys):
+    path = tmp_path / "run.json"
+    path.write_bytes(content) if content is not None else path.mkdir()
+    assert main([command, str(tmp_path), *["x.png"] * (command == "predict")]) == 2
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_image_and_a_file_no_folder(made, tmp_path, capsys):
+    (tmp_path / "file").write_text("text")
+    assert main(["predict", str(made), str(tmp_path)]) == 2
+    assert f"{tmp_path} cannot be read as an image" in capsys.readouterr().err
+    assert main(["export", str(made), "--output", str(tmp_path / "file" / "x.onnx")]) == 2
+    assert "file" in capsys.readouterr().err
+    assert main(["data", "digits", "--root", str(tmp_path / "file")]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+    assert main(["train", "quick", "b0", "--results", str(tmp_path / "file")]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+
+
+def test_the_shares_of_a_folder_are_chosen_by_the_command(image_folder, tmp_path, monkeypatch, capsys):
+    """Of classes with five images, as many as each split needs."""
+    folder, trained = image_folder(parts=["all"], count=5) / "all", []
+    monkeypatch.setenv("EFFNET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(ModelRun, "train", lambda run, data, *arguments: trained.append((run, data)))
+    words = ["train", "--model", "b0", "--dataset", f"folder:{folder}", "minival=0.5", "test=0.2", "batch_size=2"]
+    assert main([*words, "--resolution", "16", "--results", str(tmp_path)]) == 0
+    ((run, data),) = trained
+    assert data.counts == {"train": 4, "minival": 4, "test": 2}
+    assert (run.profile.data.minival, run.profile.data.test, run.config.batch_size) == (0.5, 0.2, 2)
+    assert main(["data", f"folder:{folder}", "minival=0.5", "size=16", "--output", str(tmp_path)]) == 0
+    assert "minival          4 images" in capsys.readouterr().out
 
 
 def test_what_cannot_be_put_to_use_says_why(made, profile_file, tmp_path, capsys):
@@ -345,7 +492,7 @@ def test_fine_tuning_begins_with_the_published_weights(frozen, published_b0, tra
     data = f"folder:{trained[1]}"
     words = ["train", "--model", "b0", "--dataset", data, "--pretrained", *["--freeze"] * frozen, "--resolution", "16"]
     assert main([*words, "epochs=1", "batch_size=18", "lr=0.05", "ema_decay=0.0", "--results", str(tmp_path)]) == 0
-    (folder,) = (tmp_path / "pictures" / "models").iterdir()
+    (folder,) = tmp_path.glob("pictures*/models/*")
     assert folder.name == f"b0_pretrained{'_frozen' * frozen}_16px_seed0"
     record = read_record(folder)
     assert np.allclose(
@@ -401,6 +548,12 @@ def test_pretrained_weights_are_checked_on_imagenet_as_torchvision_does(publishe
         said.startswith(f"4 images: top-1 {top1:.3f} %, top-5 {top5:.3f} %")
         and "published by torchvision: top-1 77.692 %" in said
     )
+    broken = place / "n00000998" / "broken.png"
+    broken.write_bytes((place / f"n{ranked[0, 0]:08}" / "0.png").read_bytes()[:70])
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match="broken.png cannot be read as an image: ") as caught:
+            use.check_on_imagenet("b0", tmp_path, workers=workers)
+        assert "\n" not in str(caught.value)
     (place / "n00000999").rmdir()
     with pytest.raises(ValueError, match="has 999 class folders, expected 1000"):
         use.check_on_imagenet("b0", tmp_path)

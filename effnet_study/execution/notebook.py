@@ -1,6 +1,7 @@
 """One notebook: its parameters are checked, and papermill executes it in a process of its own."""
 
 import ast
+import importlib.util
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from effnet_lib import unknown_name
-from effnet_study.files import NOTEBOOKS, ROOT, RunLocked
+from effnet_study.files import NOTEBOOKS, ROOT, RunLocked, print_any_text
 from effnet_study.methods import TRAINED_BY, base_method
 from effnet_study.stop import Interrupted, ProcessKilled
 
@@ -37,11 +38,15 @@ def _assignments(source: str) -> dict[str, object]:
 def check_parameters(notebook: str, values: Mapping[str, object]) -> dict[str, object]:
     """Return the defaults in NOTEBOOK's cell tagged "parameters", updated by `values`.
 
-    ValueError if the cell does not declare one of them, or with another type; papermill only warns. A parameter whose
-    default is None takes text or None.
+    ValueError if there is no such cell, or it does not declare one of them, or with another type; papermill only warns.
+    A parameter whose default is None takes text or None.
     """
     cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
-    declared = next(_assignments("".join(c["source"])) for c in cells if "parameters" in c["metadata"].get("tags", []))
+    tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        ignored = ", ".join(values) or "its parameters"
+        raise ValueError(f"{ignored} of {notebook}: expected one cell with the tag 'parameters', found {len(tagged)}")
+    declared = _assignments(tagged[0])
     for name, value in values.items():
         if name not in declared:
             raise unknown_name(f"parameter of {notebook}", name, declared)
@@ -59,7 +64,12 @@ def check_notebook(notebook: str, namespace: Mapping[str, object]) -> None:
     "# Parameters", so that variables of the notebook itself are never taken for parameters.
     """
     injected = [_assignments(cell) for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n")]
-    declared = check_parameters(notebook, injected[-1] if injected else {})
+    given = injected[-1] if injected else {}
+    declared = check_parameters(notebook, given)
+    for name, value in given.items():
+        if namespace[name] != value:
+            used = f"{value!r} was given, but the notebook sets {namespace[name]!r} afterwards"
+            raise ValueError(f"parameter {name} of {notebook}: {used}; does its cell still have the tag 'parameters'?")
     values = check_parameters(notebook, {name: namespace[name] for name in declared})
     if "method" in values and (trained_by := TRAINED_BY[base_method(values["method"])]) != notebook:
         raise ValueError(f"method {values['method']!r} is trained by {trained_by}, not by {notebook}")
@@ -78,31 +88,35 @@ def run_notebook(
     deadline: float | None = None,
     tensorboard: bool = False,
     environment: Mapping[str, str] | None = None,
+    cwd: str | Path | None = None,
 ) -> None:
     """Execute notebooks/NOTEBOOK.ipynb into `output`, which appears only if every cell succeeded. What its cells print
     is printed at once.
 
     threads: CPU threads of torch (default: all cores). deadline: Unix time before which training stops. tensorboard:
-    training writes event files. environment: further variables of the kernel. An interrupt of this process, or a file
-    that appears at `stop`, stops training; what has not ended GRACE seconds later is killed.
+    training writes event files. environment: further variables of the kernel. cwd: its working folder (default: that of
+    this process, so that relative paths mean the same). An interrupt of this process, or a file that appears at `stop`,
+    stops training; what has not ended GRACE seconds later is killed.
 
     Raises RuntimeError if a cell failed, and ProcessKilled if the process was killed; the unfinished notebook is then
     NAME.partial.ipynb. Raises RunLocked if another process trains the run, and Interrupted if training stopped in time,
     with a checkpoint.
     """
     check_parameters(notebook, parameters)
+    print_any_text()
     unfinished = output.with_suffix(".partial.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
     arguments = {"input_path": str(NOTEBOOKS / f"{notebook}.ipynb"), "output_path": str(unfinished)}
-    arguments |= {"parameters": dict(parameters), "kernel_name": "python3", "language": "python", "cwd": str(ROOT)}
-    arguments |= {"progress_bar": False, "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}
+    arguments |= {"parameters": dict(parameters), "kernel_name": "python3", "language": "python"}
+    kernel = ["--IPKernelApp.log_level=CRITICAL", "--IPKernelApp.ignore_cwd=True"]
+    arguments |= {"cwd": str(cwd or os.getcwd()), "progress_bar": False, "extra_arguments": kernel}
     # -P: without it the folder of papermill_process.py, where ray.py lies, would come first among the modules
-    command = [sys.executable, "-P", str(PAPERMILL), json.dumps(arguments), str(os.getpid())]
-    with tempfile.TemporaryDirectory() as folder:
+    command = [sys.executable, "-P", str(PAPERMILL), json.dumps(arguments, ensure_ascii=False), str(os.getpid())]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a killed kernel may still write to it
         stop = stop or Path(folder) / "stop"
         given = {"OMP_NUM_THREADS": threads, "EFFNET_DEADLINE": deadline, "EFFNET_TENSORBOARD": int(tensorboard)}
         variables = {name: str(value) for name, value in (given | {"EFFNET_STOP": stop}).items() if value}
-        status = _status_of(command, os.environ | variables | (environment or {}), stop)
+        status = _status_of(command, _surroundings(Path(folder)) | variables | (environment or {}), stop)
         stopped = stop.exists()
     if status in (TRY_AGAIN, LOCKED):
         unfinished.unlink(missing_ok=True)
@@ -120,11 +134,33 @@ def run_notebook(
     unfinished.replace(output)
 
 
+def _surroundings(folder: Path) -> dict[str, str]:
+    """Return a kernel's environment: the user's, but with this Python, these modules, matplotlib as it comes, UTF-8,
+    and without the user's start-up files, kernels and configuration. folder: for the kernel's own files."""
+    spec = folder / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    launch = [sys.executable, "-P", "-m", "ipykernel", "-f", "{connection_file}"]
+    spec.write_text(json.dumps({"argv": launch, "display_name": "Python 3", "language": "python"}), encoding="utf-8")
+    kept = ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONDONTWRITEBYTECODE")
+    foreign = [name for name in os.environ if name.startswith(("PYTHON", "JUPYTER", "IPYTHON")) and name not in kept]
+    modules, matplotlib = os.environ.get("PYTHONPATH"), Path(importlib.util.find_spec("matplotlib").origin).parent
+    own = {"PYTHONPATH": f"{ROOT}{os.pathsep}{modules}" if modules else str(ROOT), "PYTHONUTF8": "1"}
+    own |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MATPLOTLIBRC": str(matplotlib / "mpl-data")}
+    places = ("CONFIG_DIR", "DATA_DIR", "PATH", "RUNTIME_DIR")
+    own |= dict.fromkeys(["IPYTHONDIR", *(f"JUPYTER_{place}" for place in places)], str(folder))
+    home, missing = os.path.expanduser("~"), {"USER": str(os.getuid())}  # a user id may have neither home nor name
+    if not os.access(home, os.W_OK):
+        missing["MPLCONFIGDIR"] = str(folder)
+    if not os.path.isdir(home):
+        own["HOME"] = str(folder)
+    return missing | {name: value for name, value in os.environ.items() if name not in foreign} | own
+
+
 def _status_of(command: Sequence[str], environment: Mapping[str, str], stop: Path) -> int:
     """Run a command, print at once what it prints, and return its exit status. An interrupt creates the file `stop`,
     and is raised when the command has ended."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     pairs = ((process.stdout, "stdout"), (process.stderr, "stderr"))
     printers = [threading.Thread(target=_print_lines, args=pair, daemon=True) for pair in pairs]
     for printer in printers:

@@ -52,7 +52,8 @@ def execute_on_ray(
         check_resources(machines, {"CPU": threads, "GPU": gpus})
         resources = {"num_cpus": threads, "num_gpus": gpus, "max_retries": RETRIES, "retry_exceptions": False}
         resources["runtime_env"] = {"env_vars": {k: v for k, v in os.environ.items() if k.startswith("EFFNET_")}}
-        task, options = ray.remote(**resources)(_on_a_worker), {**options, "threads": threads, "stop": stop}
+        options = {**options, "threads": threads, "stop": stop, "cwd": os.getcwd()}
+        task = ray.remote(**resources)(_on_a_worker)
 
         def on_ray(execution: Execution) -> bool:
             outcome, until = task.remote(execution, options), math.inf
