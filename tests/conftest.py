@@ -61,12 +61,15 @@ SMALL_PROFILE = {
 }
 
 
+SHARED = ("executed", "benched", "rebuilt", "trained", "base_end", "lab", "undisturbed", "probed", "kept_together")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Let one worker run all tests that share a fixture which takes long to make."""
     for item in items:
-        for shared in ("executed", "benched", "rebuilt", "trained", "base_end", "lab", "undisturbed", "probed"):
-            if shared in item.fixturenames:
-                item.add_marker(pytest.mark.xdist_group(shared))
+        if shared := next((name for name in SHARED if name in item.fixturenames), None):
+            item.add_marker(pytest.mark.xdist_group(shared))
 
 
 @pytest.fixture(scope="module")

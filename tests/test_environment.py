@@ -116,8 +116,12 @@ def test_every_module_and_package_is_installed():
     assert {path.parent for path in ROOT.glob("effnet_study/**/*.py")} == set(packages)
 
 
-@pytest.mark.xdist_group("kept together")
-def test_tests_that_share_a_fixture_are_kept_on_one_worker(request):
-    """pytest-xdist marks a group in the name of its tests. With some versions of pytest it cannot, and says nothing."""
+@pytest.fixture
+def kept_together():
+    """A fixture whose tests conftest.py keeps on one worker."""
+
+
+def test_tests_that_share_a_fixture_are_kept_on_one_worker(request, kept_together):
+    """pytest-xdist marks a group in the name of its tests. If it cannot, it says nothing."""
     if request.config.getoption("dist", "no") == "loadgroup" or request.config.getoption("loadgroup", False):
-        assert request.node.nodeid.endswith("@kept together")
+        assert request.node.nodeid.endswith("@kept_together")

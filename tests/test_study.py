@@ -174,11 +174,9 @@ def test_devices_are_counted_or_asked_for(profile_file, monkeypatch):
 
 @pytest.mark.slow
 def test_an_error_in_one_of_several_processes_is_the_runs(profile_file, tmp_path):
-    train = {"epochs": 1, "batch_size": 21, "optimizer": "sgd", "lr": 0.05}
+    train = {"epochs": 1, "batch_size": 20, "optimizer": "sgd", "lr": 0.05, "sync_norm": True}
     run = Run.plan(profile_file(devices=2, train=train), "baseline", 0, tmp_path)
-    with pytest.raises(
-        RuntimeError, match=r"failed \(process \d of 2: ValueError: batch_size: expected a multiple of the 2"
-    ):
+    with pytest.raises(RuntimeError, match=r"failed \(process \d of 2: ValueError: sync_norm: torch synchronises"):
         run.train(load_data(**run.profile.data.given()), "cpu")
     assert run.state() == "failed"
     with pytest.raises(RuntimeError, match="failed .process . of 2"):  # found, not run again
