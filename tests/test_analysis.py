@@ -435,6 +435,7 @@ def test_the_page_says_what_ran_and_what_came_out(changeable):
     )
     assert "2.0 hours of computing within 49.0 hours,\n  2026-01-02 03:04 to 2026-01-04 04:04 UTC" in page
     assert "so batch norm saw 10 images at a time instead of 20\n" in page and "13 of 15 planned" in page
+    assert "all 15 runs take about 2.04 core-hours: 0.509 hours on 4 cores and 0.254 hours on 8 cores" in page
 
 
 def test_a_run_is_described_by_its_record(profile_file, tmp_path):

@@ -96,8 +96,18 @@ def _about(profile: Profile, runs: pd.DataFrame) -> list[str]:
         f"  Other work on the machine makes times longer{uneven}.",
         f"- Code: {', '.join(str(commit)[:10] for commit in done['commit'].unique())}, Python {versions['python']}, "
         f"torch {versions['torch']}.",
-        f"- Repeat it: `{profile.command('study')} --results DIR`.",
+        f"- Repeat it: `{profile.command('study')} --results DIR`. {_how_long(runs, done, record)}",
     ]
+
+
+def _how_long(runs: pd.DataFrame, done: pd.DataFrame, record: Mapping) -> str:
+    """Say how long all planned runs take at the speed of those that are finished."""
+    each = done.groupby("method")["seconds"].mean()
+    hours = runs["method"].map(each).fillna(each.mean()).sum() / 3600
+    if record["device"].get("type") == "cuda":
+        return f"All {len(runs)} runs take about {hours:.3g} hours of one device like this one."
+    shared = " and ".join(f"{hours / cores:.3g} hours on {cores} cores" for cores in (4, 8))
+    return f"At this speed all {len(runs)} runs take about {hours:.3g} core-hours: {shared}, a run on each."
 
 
 def _table7(rows: pd.DataFrame) -> str:
