@@ -189,7 +189,7 @@ def plan(
     threads: Threads = None,
     seconds: Annotated[float, _option("time to spend on measuring (default: 60)", min=0)] = 60,
 ):
-    """List the runs that are left to do, with their cost and time here."""
+    """List the runs left to do, with their cost and time here."""
     place = {"device": device, "jobs": jobs, "threads": threads}
     print_plan(*plan_study(load_profile(profile), results, **place, seconds=seconds))
 
@@ -216,7 +216,7 @@ def search(
 
 @app.command()
 def bench(device: Device = None, rounds: Rounds = 15, models: Models = False, results: Results = None):
-    """Time training steps of our B0 and of torchvision's and timm's, side by side."""
+    """Time training steps of ours, torchvision's and timm's B0."""
     speed.bench(results, device=device, rounds=rounds, models=models)
 
 
@@ -239,7 +239,7 @@ def train(
     time_budget: Budget = None,
     device: Device = None,
 ):
-    """Train one run of a profile, or a network by name, without a notebook."""
+    """Train one run of a profile, or a network by name."""
     check_tensorboard(tensorboard)
     deadline, asked = deadline_of(time_budget), [word for word in words or () if "=" in word]
     changes = settings([*asked, *["pretrained=true"] * pretrained, *["freeze=true"] * freeze])
@@ -265,7 +265,7 @@ def train(
 
 @app.command()
 def pilot(profile: Name, changes: Changes = None, results: Results = None, seed: Seed = 0, device: Device = None):
-    """Train the baseline with changed settings, scored on minival alone."""
+    """Score changed settings of the recipe on minival."""
     loaded = load_profile(profile)
     train_pilot(loaded, settings(changes or ()), results, device, seed)
     print(load_pilots(loaded, results).to_string(index=False, na_rep="-"))
@@ -316,7 +316,7 @@ def data(
     classes: Classes = None,
     output: Report = None,
 ):
-    """Fetch a data set if it is missing, check every image, describe it.
+    """Fetch, check and describe a data set.
 
     The exit status is 2 if images are damaged.
     """
@@ -357,7 +357,7 @@ def predict(network: Trained, files: Files, top: Top = 5, device: Device = None)
 
 @app.command()
 def export(network: Trained, output: Output = None):
-    """Write a trained network as ONNX or torch.export program, verified."""
+    """Write a trained network as ONNX or torch.export program."""
     folder = Path(network).parent if network.endswith("run.json") else Path(network)
     output = output or (folder / "model.onnx" if folder.is_dir() else f"{network}.onnx")
     difference = use.export(network, output)
