@@ -28,7 +28,7 @@ from effnet_study.protocol import Protocol
 PURPOSES = {
     "check": "pipeline check, not evidence",
     "exploratory": "exploratory: fewer seeds, data or epochs than a claim needs",
-    "evidence": "evidence, by the rules of the protocol",
+    "evidence": "planned as evidence, by the rules of the protocol",
 }
 OWN = ("extends", "title", "purpose", "methods", "seeds", "train")  # keys of a profile that extends another
 

@@ -141,9 +141,9 @@ def test_claims_of_evidence_have_outcomes(profile_file, tmp_path):
     assert rows["sd_target"].tolist() == pytest.approx([0.05 * 2.5**0.5] * len(rows))
     (words,) = claims["fast_compound"]["sentences"]
     interval = "n = 5, 95 % interval -0.02 to +0.22"
-    assert words == f"fast compound is 0.10 points above compound, with as many FLOPs: equal ({interval})"
+    assert words == f"fast compound is 0.10 points higher than compound, with as many FLOPs: equal ({interval})"
     words = claims["compound_matched"]["sentences"]
-    assert "compound is 2.50 points above depth matched, with 2 % fewer FLOPs: above (n = 5, 98.3 %" in words[0]
+    assert "compound is 2.50 points higher than depth matched, with 2 % fewer FLOPs: above (n = 5, 98.3 %" in words[0]
     assert "with 0.25 % fewer FLOPs: equal" in words[1] and "with 3 % more FLOPs: above" in words[2]
 
 
@@ -218,7 +218,8 @@ def test_one_seed_has_a_difference_and_no_interval(profile_file, tmp_path):
     table, claims = decide(profile, tmp_path, "check")
     assert table["outcome"].tolist() == ["unclear"] and table["low"].isna().all()
     (words,) = claims["compound_published"]["sentences"]
-    assert "is 3.00 points above depth" in words and words.endswith(": unclear (one seed). The paper's networks: +2.1")
+    assert "is 3.00 points higher than depth" in words
+    assert words.endswith(": unclear (one seed). The paper's networks: +2.1")
 
 
 # ---- extensions
@@ -444,4 +445,4 @@ def test_a_run_is_described_by_its_record(profile_file, tmp_path):
     write_record(run, 71.25, test={"top1": 71.25, "top5": 91.5, "loss": 1.0}, **run.about)
     words = summary.describe_run(profile, read_record(run.run_dir))
     assert words.startswith("**Tiny, depth, seed 0:** test top-1 **71.25 %**, top-5 91.50 % with the EMA weights")
-    assert "(45.00 % with the raw weights), 9 s at 7 images/s on box. *Pipeline check, not evidence.*" in words
+    assert "(45.00 % with the raw weights), 9 s at 7 images/s on box. *Pipeline check, not evidence. One run " in words

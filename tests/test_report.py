@@ -134,11 +134,18 @@ def test_every_column_of_table_7_is_printed(rebuilt, study, report, poster):
         assert (shown in readme) == (row.method in PAPER_TABLE7)
 
 
+def test_the_sign_of_compounds_surplus_is_told_here_and_at_the_papers_size(rebuilt, study):
+    flops = study.table("table7").set_index("method")["flops"]
+    here = 100 * (flops["compound"] / flops[["depth", "width", "resolution"]] - 1)
+    said = f"by {here.min():+.0f} % to {here.max():+.0f} % here, and by +14 % to +24 % at the paper's 224 px"
+    assert said in plain((rebuilt / "README.md").read_text())
+
+
 def test_the_headline_is_printed_everywhere(rebuilt, study, report, poster):
     found = outcome(study)
     assert found["headline"] == (
-        "Undecided at pocket scale, on Digits (made up) at matched FLOPs: compound scaling is 2.6 points above depth, "
-        "1.6 above width and 1.4 above resolution."
+        "Undecided at pocket scale, on Digits (made up) at matched FLOPs: the mean of compound scaling is so far 2.6 "
+        "points higher than depth's, 1.6 higher than width's and 1.4 higher than resolution's."
     )
     for words in (found["headline"], found["prefix"]):
         assert words in report and words in poster
@@ -183,7 +190,7 @@ def test_what_a_change_of_the_recipe_does_is_printed(study, report):
 def test_start_surplus_and_computing_time_are_printed(report):
     """14, 24 and 17 % are worth 0.16, 0.26 and 0.21 points by the slopes of the paper's own table. 18 runs of 360
     seconds are 1.8 hours."""
-    assert "its norm grows from 3.5 to 36.9" in report and "from 1.8 to 1.8" in report
+    assert "the norm of the gradient without it grows from 3.5 to 36.9" in report and "from 1.8 to 1.8" in report
     assert "14 to 24 % more FLOPs" in report and "0.84 to 0.90 points for each doubling" in report
     assert "about 0.16, 0.26 and 0.21 points" in report and "0.33 to 0.53 points" in report
     assert "18 of 18 planned runs are finished. They took 1.8 hours of computing on box" in report
@@ -261,7 +268,7 @@ def decided(folder: Path, verdict: str | None, purpose: str = "evidence", n: int
     [
         (
             *("reproduced", "evidence", 5, True, "[Re]"),
-            *("Compound scaling wins at pocket scale, on Images at matched FLOPs: it", "reproduced"),
+            *("Compound scaling wins at pocket scale, on Images at matched FLOPs: its", "reproduced"),
         ),
         (
             *("contradicted", "evidence", 5, True, "[¬Re]"),
@@ -290,7 +297,9 @@ def test_title_and_headline_follow_from_the_verdict(tmp_path, verdict, purpose, 
     found = outcome(one)
     assert found["prefix"] == prefix
     assert found["headline"].startswith(lead)
-    assert found["headline"].endswith("is 3.0 points above depth, 2.2 above width and 1.0 below resolution.")
+    assert found["headline"].endswith(
+        "3.0 points higher than depth's, 2.2 higher than width's and 1.0 lower than resolution's."
+    )
     assert [claim["status"] for claim in one.claims] == [status]
 
 
@@ -301,8 +310,8 @@ def test_matched_flops_are_the_headline_before_the_published_coefficients(tmp_pa
     pd.concat([table.assign(claim="compound_published", difference=9), table]).to_csv(contrasts, index=False)
     published = claim | {"key": "compound_published", "budget": "published"}
     for claims, words in (
-        ([published, claim], "at matched FLOPs: it is 3.0 points above depth, 2.2 above width"),
-        ([published], "at the published coefficients: it is 9.0 points above depth, 9.0 above width"),
+        ([published, claim], "at matched FLOPs: its mean is 3.0 points higher than depth's, 2.2 higher"),
+        ([published], "at the published coefficients: its mean is 9.0 points higher than depth's, 9.0 higher"),
         ([claim | {"key": "axes_help"}], "the networks that the claim compares are not finished yet"),
     ):
         path.write_text(json.dumps({"claims": claims}))
@@ -315,7 +324,9 @@ def test_a_network_is_not_compared_with_itself(tmp_path):
     table = pd.read_csv(path)
     table.loc[0, "outcome"] = "same network"
     table.to_csv(path, index=False)
-    assert outcome(one)["headline"].endswith("it is 2.2 points above width and 1.0 below resolution.")
+    assert outcome(one)["headline"].endswith(
+        "its mean is 2.2 points higher than width's and 1.0 lower than resolution's."
+    )
 
 
 def test_tables_of_other_runs_decide_nothing(tmp_path):

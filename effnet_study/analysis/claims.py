@@ -99,7 +99,7 @@ def sentence(row) -> str:
     percent = abs(100 * (row.flops_ratio - 1))
     cost = f"{percent:.{0 if percent >= 1 else 2}f} % {'more' if row.flops_ratio > 1 else 'fewer'} FLOPs"
     cost = "as many FLOPs" if row.flops_ratio == 1 else cost
-    place = f"{abs(row.difference):.2f} points {'above' if row.difference > 0 else 'below'}"
+    place = f"{abs(row.difference):.2f} points {'higher' if row.difference > 0 else 'lower'} than"
     place = "level with" if row.difference == 0 else place
     interval = f"n = {row.n}, {100 * row.confidence:.3g} % interval {row.low:+.2f} to {row.high:+.2f}"
     words = f"{target} is {place} {other}, with {cost}: {row.outcome} ({interval if row.n > 1 else 'one seed'})"

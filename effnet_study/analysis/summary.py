@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from effnet_study.analysis.claims import verdict_lines
+from effnet_study.analysis.claims import AXES, verdict_lines
 from effnet_study.analysis.tables import changes_in_words
 from effnet_study.coefficients import describe_search, load_coefficients, searched_coefficients
 from effnet_study.files import RESULTS, in_markdown
@@ -23,7 +23,8 @@ def describe_run(profile: Profile, record: Mapping) -> str:
         f"**{title}, {record['method']}, seed {record['seed']}:** test top-1 **{test['top1']:.2f} %**, "
         f"top-5 {test['top5']:.2f} % with the EMA weights after the last epoch "
         f"({record['test_raw']['top1']:.2f} % with the raw weights), {record['seconds']:,.0f} s at "
-        f"{record['images_per_second']:,.0f} images/s on {record['device']['name']}. *{profile.stamp.capitalize()}.*"
+        f"{record['images_per_second']:,.0f} images/s on {record['device']['name']}. *{profile.stamp.capitalize()}. "
+        "One run alone shows nothing, and other work on the machine makes its time longer.*"
     )
 
 
@@ -136,6 +137,24 @@ def short_table7(rows: pd.DataFrame) -> str:
     columns |= {"gain": _gains(published, "top1"), "paper's top-1 (%)": _paper(published)}
     columns["paper's gain"] = _gains(published, "paper_top1")
     return pd.DataFrame(columns).to_markdown(index=False, disable_numparse=True, colalign=("left", *["right"] * 7))
+
+
+def surplus(rows: pd.DataFrame, costs: pd.DataFrame | None) -> str:
+    """Say how much more FLOPs compound has than the published single axes, here and at the paper's size. rows: of
+    `table7`; costs: table7_cost.csv."""
+    flops = rows.set_index("method")["flops"]
+    others = [axis for axis in AXES if axis in flops]
+    if not others or "compound" not in flops:
+        return ""
+    here = _span(100 * (flops["compound"] / flops[others] - 1))
+    words = f"In FLOPs compound differs from the published single axes by {here} here"
+    if costs is not None:
+        words += f", and by {_span(costs.set_index('method')['compound_extra_percent'][[*AXES]])} at the paper's 224 px"
+    return f"{words}; the matched networks remove this as far as rounding permits."
+
+
+def _span(percent: pd.Series) -> str:
+    return " to ".join(dict.fromkeys(f"{value:+.0f} %" for value in (percent.min(), percent.max())))
 
 
 def _gains(rows: pd.DataFrame, score: str) -> list[str]:

@@ -21,7 +21,7 @@ import typst
 import yaml
 
 from effnet_study.analysis.statistics import MARGIN
-from effnet_study.analysis.summary import short_table7
+from effnet_study.analysis.summary import short_table7, surplus
 from effnet_study.coefficients import COEFFICIENTS, describe_search, load_coefficients
 from effnet_study.documents.evidence import Study, alternative_texts, load_study, outcome, pilot_table
 from effnet_study.documents.page import build_page
@@ -165,7 +165,8 @@ def results_block(study: Study) -> str:
     values |= {"table7": None, "hours": None}
     if rows is not None:
         published = rows[rows["paper_top1"].notna()]
-        values |= {"table7": short_table7(rows), "hours": published["seconds"].sum() / 3600}
+        values |= {"table7": short_table7(rows), "surplus": surplus(rows, study.table("table7_cost"))}
+        values["hours"] = published["seconds"].sum() / 3600
         values["devices"] = listed(study.finished["device"].unique())
     return f"{BEGIN}\n{fill_in('readme-template.md', started=started, **values)}{END}"
 

@@ -180,15 +180,15 @@ def outcome(study: Study) -> dict[str, str]:
     claim = next((claims[key] for key in HEADLINES if key in claims), None)
     if claim is not None and contrasts is not None and not study.stale:
         for row in contrasts[(contrasts["claim"] == claim["key"]) & (contrasts["outcome"] != SAME)].itertuples():
-            unit, side = "" if parts else " points", "above" if row.difference > 0 else "below"
-            parts.append(f"{abs(row.difference):.1f}{unit} {side} {spoken(row.other.removesuffix('_matched'))}")
+            unit, side = "" if parts else " points", "higher" if row.difference > 0 else "lower"
+            parts.append(f"{abs(row.difference):.1f}{unit} {side} than {spoken(row.other.removesuffix('_matched'))}'s")
     if not parts:
         return found | {"headline": f"Undecided{scale}: the networks that the claim compares are not finished yet."}
     decided = claim["outcome"] in DECIDED and claim["complete"] and claim["seeds"] >= SEEDS_TO_DECIDE
     lead, found["prefix"] = DECIDED[claim["outcome"]] if decided else ("Undecided", UNDECIDED)
-    subject = "it" if decided else "compound scaling"
+    subject = "its mean is" if decided else "the mean of compound scaling is so far"
     where = f"{scale}, on {study.data}" if scale else f" on {study.data}"
-    return found | {"headline": f"{lead}{where} {BUDGETS[claim['budget']]}: {subject} is {listed(parts)}."}
+    return found | {"headline": f"{lead}{where} {BUDGETS[claim['budget']]}: {subject} {listed(parts)}."}
 
 
 def pilot_table(study: Study) -> list[dict]:
