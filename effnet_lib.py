@@ -267,7 +267,8 @@ class EfficientNet(nn.Module):
         x = self.features(x)  # (N, C_head, h, w)
         x = x.mean((2, 3))  # (N, C_head)
         x = self.dropout(x)
-        return self.classifier(x)  # (N, num_classes)
+        with torch.autocast("cuda", enabled=False):  # in bf16 the best two logits of some images would be equal
+            return self.classifier(x.to(self.classifier.weight.dtype))  # (N, num_classes)
 
 
 def efficientnet(name: str, num_classes: int = 1000, **options) -> EfficientNet:
@@ -569,8 +570,7 @@ def evaluate(
         for images, labels in data.eval_batches(split, resolution, batch_size):
             images, labels = images.to(device), labels.to(device)
             with autocast(precision, device):
-                logits = model(images)
-            logits = logits.float()  # (N, classes)
+                logits = model(images).float()  # (N, classes)
             loss += F.cross_entropy(logits, labels, reduction="sum")
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (N, 5)
             top5 += (ranked == labels[:, None]).sum()

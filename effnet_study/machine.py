@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import glob
 import importlib.metadata
 import os
 import platform
@@ -21,6 +22,8 @@ from effnet_study.files import ROOT
 
 # ---- 1. Device -----------------------------------------------------------------------------------------------------
 
+GPU_FILES = "/dev/nvidia[0-9]*"  # a container that was given no GPU has none, though it sees its host's driver
+
 
 def gpu_count(device: str | torch.device | None = None) -> int:
     """Count the GPUs to train on. 0 if `device` is the CPU, or the driver is too old for torch."""
@@ -28,11 +31,28 @@ def gpu_count(device: str | torch.device | None = None) -> int:
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """Return `device`, or a GPU if there is one. ValueError if a GPU is asked for and torch finds none."""
+    """Return `device`, or a GPU if there is one.
+
+    ValueError if torch finds no GPU although one is asked for, or although there is one and no device is asked for:
+    without the error a study would silently take days on the CPU."""
+    if not device and not torch.cuda.is_available() and torch.version.cuda and _has_visible_gpu():
+        raise ValueError(
+            f"device: this machine has an NVIDIA GPU, but torch {torch.__version__} for CUDA {torch.version.cuda} "
+            "finds no GPU. If the driver is too old for it (see nvidia-smi): update the driver, install its "
+            "forward-compatibility package (cuda-compat), or install a torch for CUDA 12. A cluster's job must be "
+            "given the GPU. To train on the CPU: --device cpu, or CUDA_VISIBLE_DEVICES=-1"
+        )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {str(device)!r} was asked for, but torch finds no CUDA GPU; use 'cpu'")
     return device
+
+
+def _has_visible_gpu() -> bool:
+    """Tell whether there is an NVIDIA GPU that $CUDA_VISIBLE_DEVICES does not hide."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = visible is not None and not re.match(r"\s*(\d|GPU-|MIG-)", visible)  # CUDA stops at an invalid name
+    return not hidden and bool(glob.glob(GPU_FILES))
 
 
 def device_name(device: torch.device) -> str:
@@ -88,9 +108,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Tell whether an error means that memory ran out. Only a GPU's allocator has its own exception. A GPU's libraries,
-    torch's allocator on a CPU and oneDNN have messages alone, some of which may have another cause."""
+    """Tell whether an error means that memory ran out. Only a GPU's allocator has its own exception, which
+    torch.compile puts into the message of another one. A GPU's libraries, torch's allocator on a CPU and oneDNN have
+    messages alone, some of which may have another cause. Triton's "out of resource" is about one kernel's needs, and
+    smaller batches would not help."""
     words = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
+    words += ("OutOfMemoryError", "Triton Error [CUDA]: out of memory")
+    words += ("unable to find an engine to execute this computation",)  # cuDNN: none fits into the memory that is left
     words += ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 

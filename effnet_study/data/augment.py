@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 # The augmentations, and the value that switches each of them off. TrainConfig explains them.
 AUGMENTATION_DEFAULTS = {
@@ -95,7 +96,7 @@ def resize(images: Tensor, resolution: int) -> Tensor:
     """Resize uint8 (N, H, W, 3) to float (N, 3, R, R) in [0, 255]: bilinear, antialiased where it shrinks."""
     if images.shape[1:3] == (resolution, resolution):
         return images.permute(0, 3, 1, 2).float()
-    whole = torch.tensor([[0.0, 1.0]])
+    whole = torch.arange(2.0, device=images.device)[None]  # made there, because a copy from the host waits
     return _resample(images, whole, whole, resolution)
 
 
@@ -183,8 +184,8 @@ def _resample(images: Tensor, columns: Tensor, rows: Tensor, resolution: int) ->
     one operation, with a box for each sample, and antialiased. torch's interpolate takes one box for the whole batch,
     and its grid_sample is not antialiased."""
     n, height, width, _ = images.shape
-    down = _interpolation(rows.to(images.device), height, resolution)  # (N or 1, R, H)
-    across = _interpolation(columns.to(images.device), width, resolution)  # (N or 1, R, W)
+    down = _interpolation(rows, height, resolution)  # (N or 1, R, H)
+    across = _interpolation(columns, width, resolution)  # (N or 1, R, W)
     x = down @ images.reshape(n, height, width * 3).float()  # (N, R, 3 W)
     x = x.view(n, resolution, width, 3).transpose(2, 3).reshape(n, resolution * 3, width)
     return (x @ across.mT).view(n, resolution, 3, resolution).transpose(1, 2)
@@ -203,6 +204,19 @@ def _interpolation(edges: Tensor, length: int, resolution: int) -> Tensor:
 
 
 # ---- 3. RandAugment ------------------------------------------------------------------------------------------------
+
+
+class _NoWaits(TorchFunctionMode):
+    """Let torch.tensor(numbers, device=...) copy the numbers without waiting for the device.
+
+    torchvision makes its matrices and kernels by it, up to 44 times in a batch."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.tensor and "device" in kwargs:
+            here = {name: value for name, value in kwargs.items() if name != "device"}
+            return torch.tensor(*args, **here).to(kwargs["device"], non_blocking=True)
+        return function(*args, **kwargs)
 
 
 def _affine(tv, x: Tensor, **change: object) -> Tensor:
@@ -245,5 +259,6 @@ def randaugment(images: Tensor, operations: Tensor, signs: Tensor, magnitude: in
                 rows = ((numbers == number) & (sign == one)).nonzero()[:, 0]
                 if len(rows):
                     rows = rows.to(images.device, non_blocking=True)
-                    images[rows] = change(tv, before[rows], one * magnitude / 30)
+                    with _NoWaits():
+                        images[rows] = change(tv, before[rows], one * magnitude / 30)
     return images

@@ -65,7 +65,11 @@ class ImageData:
         device = torch.empty(0, device=device).device
         if self.device == device:
             return self
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what torch keeps for later would count as taken
+            free = torch.cuda.mem_get_info(device)[0]
+        else:
+            free = memory()
         whole = self.images.nbytes <= free // 2
         names = ("mean", "std", "images", "labels") if whole else ("mean", "std")
         moved = {name: getattr(self, name).to(device) for name in names}
@@ -119,11 +123,11 @@ class ImageData:
         """Yield stored images and labels of each of `batches` (indices), on the device. If they are streamed, threads
         read some batches ahead into pinned memory, so that the copy to a GPU does not stop the host."""
         if not self.streamed:
-            yield from ((self.images[index], self.labels[index]) for index in batches)
+            yield from ((self.images.index_select(0, index), self.labels.index_select(0, index)) for index in batches)
             return
 
         def read(index: Tensor) -> list[Tensor]:
-            batch = self.images[index], self.labels[index]
+            batch = self.images.index_select(0, index), self.labels.index_select(0, index)
             return [part.pin_memory() if self.device.type == "cuda" else part for part in batch]
 
         def fetch(batch: Future) -> tuple[Tensor, Tensor]:
