@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 
 from effnet_lib import VARIANTS, EfficientNet, TrainConfig, evaluate, unknown_name
 from effnet_study.data.augment import resize
-from effnet_study.data.decode import open_image, read_image, reason
+from effnet_study.data.image_files import open_image, read_image, reason
 from effnet_study.data.load import data_root
 from effnet_study.files import WEIGHTS, replace_file
 from effnet_study.machine import choose_device

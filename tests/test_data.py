@@ -26,8 +26,10 @@ from sklearn.datasets import load_digits
 
 from effnet_lib import TrainConfig
 from effnet_study import cli
-from effnet_study.data import decode, load, sources
-from effnet_study.data.decode import DamagedImages, read_image, unpack
+from effnet_study.data import archives, decode, load, sources
+from effnet_study.data.archives import unpack
+from effnet_study.data.decode import DamagedImages
+from effnet_study.data.image_files import read_image
 from effnet_study.data.inspect import describe_data, inspect_data, sample_grid
 from effnet_study.data.load import load_data
 
@@ -665,7 +667,7 @@ def test_an_archive_without_its_checksum_is_never_unpacked(small_cifar10, tmp_pa
     (tmp_path / "root").mkdir()
     archive = tmp_path / "root" / small_cifar10[1].name
     archive.write_bytes(small_cifar10[1].read_bytes() + b"x")
-    monkeypatch.setattr(decode, "unpack", lambda *a: pytest.fail("unpacked"))
+    monkeypatch.setattr(archives, "unpack", lambda *a: pytest.fail("unpacked"))
     with pytest.raises(
         ValueError, match=r"cifar-10-python.tar.gz is damaged: its md5 is .*, expected .*; fetch it again"
     ):

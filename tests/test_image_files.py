@@ -10,7 +10,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from effnet_study.data import decode
-from effnet_study.data.decode import DamagedImages, open_image, scan
+from effnet_study.data.decode import DamagedImages
+from effnet_study.data.image_files import open_image, scan
 from effnet_study.data.inspect import describe_data, inspect_data
 from effnet_study.data.load import load_data
 

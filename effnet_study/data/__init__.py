@@ -1,1 +1,1 @@
-"""Images: sources.py finds and splits them, decode.py decodes and caches them, dataset.py makes batches."""
+"""Images: archives.py fetches, sources.py lists, load.py splits, decode.py decodes and caches, dataset.py batches."""

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from effnet_study.data.archives import provide
 from effnet_study.data.dataset import ImageData
-from effnet_study.data.decode import BLOCK, load_images, provide
+from effnet_study.data.decode import BLOCK, load_images
 from effnet_study.data.sources import CLASS_COUNTS, DATA_SETS, MINIVAL, TEST, TRAIN, DataSettings, Place, Source
 from effnet_study.files import ROOT, write_json
 from effnet_study.machine import memory

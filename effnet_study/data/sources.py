@@ -17,8 +17,10 @@ import torch
 from pydantic import Field, model_validator
 
 from effnet_lib import Count, Settings
+from effnet_study.data.archives import Archive
 from effnet_study.data.augment import resize
-from effnet_study.data.decode import Archive, Decoded, File, is_hidden, kind_of, scan
+from effnet_study.data.decode import Decoded
+from effnet_study.data.image_files import File, is_hidden, kind_of, scan
 from effnet_study.files import plain
 
 TRAIN, MINIVAL, TEST = range(3)  # the part of a data set that an image belongs to
