@@ -50,14 +50,19 @@ class Group:
         return value.item()
 
 
+def check_shares(batch_size: int, devices: int) -> None:
+    """Raise ValueError if devices cannot share a batch equally, two images each or more: batch norm needs two."""
+    if batch_size % devices or batch_size < 2 * devices:
+        expected = f"a multiple of the {devices} devices, two images for each or more"
+        raise ValueError(f"batch_size: expected {expected}, got {batch_size}")
+
+
 class ParallelTrainer(Trainer):
     """A trainer that takes its share of every batch. DistributedDataParallel averages the gradients. Batch norm sees
     one micro-batch of one process, as it does with `accumulation`, unless the config asks for sync_norm."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, group: Group):
-        if config.batch_size % group.world or config.batch_size < 2 * group.world:
-            expected = f"a multiple of the {group.world} devices, two images for each or more"
-            raise ValueError(f"batch_size: expected {expected}, got {config.batch_size}")
+        check_shares(config.batch_size, group.world)
         if config.sync_norm:
             if device.type != "cuda":
                 raise ValueError("sync_norm: torch synchronises batch norm on GPUs only; use sync_norm: false on a CPU")

@@ -17,7 +17,7 @@ from effnet_study.data.load import load_data
 from effnet_study.files import CHECKPOINTS, RESULTS, RunMismatch, holder_of, remove_checkpoints, run_locked
 from effnet_study.machine import choose_device, gpu_count
 from effnet_study.methods import TRAINED_BY, base_method
-from effnet_study.parallel import launch
+from effnet_study.parallel import check_shares, launch
 from effnet_study.pretrained import IMAGENET_MEAN, IMAGENET_STD, create_model, freeze_backbone
 from effnet_study.profile import Profile, load_profile
 from effnet_study.record import assemble, baseline_coefficients, ending, read_record, recipe, write_record
@@ -162,14 +162,13 @@ class Run:
             remove_checkpoints(self.run_dir)
 
     def _processes(self, device: str | None) -> int:
-        """Count the profile's devices. ValueError if this machine has fewer GPUs."""
-        wanted, gpus, images = self.profile.devices, gpu_count(device), self.config.batch_size
+        """Count the profile's devices. ValueError if this machine has fewer GPUs, or they cannot share a batch."""
+        wanted, gpus = self.profile.devices, gpu_count(device)
         if wanted == "auto":
             wanted = max(1, gpus)
         elif 0 < gpus < wanted:
             raise ValueError(f"devices: profile {self.profile.name} asks for {wanted}, torch finds {gpus}; use auto")
-        if images % wanted or images < 2 * wanted:  # batch norm cannot train on a single image
-            raise ValueError(f"batch_size: expected two images or more, equally for {wanted} devices, got {images}")
+        check_shares(self.config.batch_size, wanted)
         return wanted
 
     def differences(self, record: Mapping) -> list[str]:

@@ -272,6 +272,7 @@ def test_compounds_surplus_is_worth_a_tenth_of_its_lead():
     worth = architecture.worth_of_surplus(table).round(2)
     assert worth["surplus is worth"].to_dict() == {"depth": 0.16, "width": 0.26, "resolution": 0.21}
     assert worth["points per doubling"].tolist() == [0.84, 0.84, 0.90]
+    assert worth["at compound's slope"].tolist() == [0.33, 0.53, 0.39]
     assert worth["compound's lead"].tolist() == pytest.approx([2.1, 2.2, 2.0])
 
 

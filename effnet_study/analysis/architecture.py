@@ -144,14 +144,17 @@ def draw_gates(images: Sequence[Tensor], maps: Tensor, gates: Tensor, source: st
 
 
 def worth_of_surplus(costs: pd.DataFrame) -> pd.DataFrame:
-    """Return for each single axis of the paper's Table 7: points of top-1 for each doubling of FLOPs, what compound's
-    surplus of FLOPs is worth at this slope, compound's lead. costs: columns method, flops, compound_extra_percent."""
+    """Return for each single axis of the paper's Table 7: points of top-1 for each doubling of FLOPs; what compound's
+    surplus of FLOPs is worth at this slope, and at compound's own; compound's lead.
+
+    costs: columns method, flops, compound_extra_percent."""
     costs, top1 = costs.set_index("method"), pd.Series({name: score for name, (_, score) in PAPER_TABLE7.items()})
-    single = costs.loc[["depth", "width", "resolution"]]
-    slope = (top1[single.index] - top1["baseline"]) / np.log2(single["flops"] / costs["flops"]["baseline"])
-    worth = slope * np.log2(1 + single["compound_extra_percent"] / 100)
-    lead = top1["compound"] - top1[single.index]
-    return pd.DataFrame({"points per doubling": slope, "surplus is worth": worth, "compound's lead": lead})
+    slopes = (top1 - top1["baseline"]) / np.log2(costs["flops"] / costs["flops"]["baseline"])
+    axes = ["depth", "width", "resolution"]
+    doublings = np.log2(1 + costs["compound_extra_percent"][axes] / 100)
+    columns = {"points per doubling": slopes[axes], "surplus is worth": slopes[axes] * doublings}
+    columns |= {"at compound's slope": slopes["compound"] * doublings, "compound's lead": top1["compound"] - top1[axes]}
+    return pd.DataFrame(columns)
 
 
 def draw_flops_mismatch(table: pd.DataFrame):

@@ -20,6 +20,7 @@ import typer
 import typst
 import yaml
 
+from effnet_study.analysis.architecture import worth_of_surplus
 from effnet_study.analysis.statistics import MARGIN
 from effnet_study.analysis.summary import short_table7, surplus
 from effnet_study.coefficients import COEFFICIENTS, describe_search, load_coefficients
@@ -116,6 +117,7 @@ def gather(study: Study) -> dict:
         {"name": path.name, "files": [file.relative_to(path).as_posix() for file in sorted(path.rglob("*.*"))]}
         for path in sorted(study.results.glob("throughput/*"))
     ]
+    costs = study.table("table7_cost")
     methods = {*COLORS, *(method for each in (study, *study.extensions) for method in each.profile.methods)}
     return {
         "study": describe(study),
@@ -123,6 +125,7 @@ def gather(study: Study) -> dict:
         "scale": study.scale,
         "baseline": {"depth": study.profile.baseline.depth, "width": study.profile.baseline.width},
         "pilots": pilot_table(study),
+        "worth": {} if costs is None else worth_of_surplus(costs).to_dict("index"),
         "throughput": devices,
         "outcome": outcome(study),
         "colors": {method: color(method) for method in sorted(methods)},
