@@ -5,7 +5,6 @@ ICML 2019, arXiv 1905.11946 ("the paper" below). FLOPs are multiply-adds, as in 
 side of a square image; accuracies are percentages; shapes are (N, C, H, W).
 """
 
-import contextlib
 import copy
 import dataclasses
 import difflib
@@ -386,7 +385,7 @@ class TrainConfig(Settings):
     sync_norm: bool = False  # on several GPUs: batch norm over all of a step's images, not over each GPU's own
     pretrained: bool = False  # begin with torchvision's ImageNet weights and a new classifier
     freeze: bool = False  # train the classifier alone
-    compile: Literal["auto", "always", "never"] = "auto"  # torch.compile the blocks; auto: on a GPU
+    compile: Literal["auto", "blocks", "graph", "never"] = "auto"  # torch.compile or a CUDA graph: see trainers.py
     deterministic: bool = False  # on a GPU: only kernels that repeat exactly, which are slower
     save_seconds: Positive = 300.0  # seconds between checkpoints; there is one after every epoch too
     save_steps: Annotated[int, Field(ge=0)] = 0  # steps between checkpoints; 0 is off
@@ -499,7 +498,7 @@ class Trainer:
         # Weights and batch norm's statistics are averaged, batch norm's counts of batches are copied
         pairs = list(zip(*(m.state_dict(keep_vars=True).values() for m in (self.ema, self.model)), strict=True))
         self.averaged = [[pair[i] for pair in pairs if pair[0].is_floating_point()] for i in (0, 1)]
-        self.counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self.counts = [[pair[i] for pair in pairs if not pair[0].is_floating_point()] for i in (0, 1)]
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(config.precision, device) == torch.float16)
         self.optimizer = make_optimizer(self.model, config, fused=not self.scaler.is_enabled())
 
@@ -523,28 +522,27 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         update_ema(*self.averaged, config.ema_decay, taken)
-        for ours, new in self.counts:
-            ours.copy_(new)
+        if self.counts[0]:  # a network may have no batch norm
+            torch._foreach_copy_(*self.counts)
         return loss
 
     def backward(self, images: Tensor, labels: Tensor, epoch: int = 0, step: int = 0) -> Tensor:
         """Add the gradient of the mean loss over these images, in equal micro-batches. Return the loss."""
-        config, total, first = self.config, torch.zeros((), device=self.device), 0
+        total, first = torch.zeros((), device=self.device), 0
         parts = max(1, min(math.ceil(len(labels) / self.micro_batch), len(labels) // 2))  # of two images or more
         for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
-            torch.manual_seed(step_seed(config.seed, epoch, step, self.rank * len(labels) + first))
+            torch.manual_seed(step_seed(self.config.seed, epoch, step, self.rank * len(labels) + first))
             first += len(y)
-            with self.accumulate(more=first < len(labels)):
-                with autocast(config.precision, self.device):
-                    loss = F.cross_entropy(self.forward(x), y, label_smoothing=config.label_smoothing)
-                loss = loss * (len(y) / len(labels))
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
+            total += self.add_gradient(x, y, len(y) / len(labels), last=first == len(labels))
         return total
 
-    def accumulate(self, more: bool) -> contextlib.AbstractContextManager:
-        """Return the context of a micro-batch. `more`: further ones follow in this step."""
-        return contextlib.nullcontext()
+    def add_gradient(self, images: Tensor, labels: Tensor, weight: float, last: bool) -> Tensor:
+        """Add the gradient of `weight` times a micro-batch's mean loss, and return it. last: the step has no more."""
+        with autocast(self.config.precision, self.device):
+            loss = F.cross_entropy(self.forward(images), labels, label_smoothing=self.config.label_smoothing)
+        loss = loss * weight
+        self.scaler.scale(loss).backward()
+        return loss.detach()
 
     def state_dict(self) -> dict:
         """Return all that a step changes."""

@@ -1,11 +1,11 @@
 """One run on several GPUs of a machine: a process for each, started by torch's elastic launcher (or by torchrun)."""
 
 import builtins
+import contextlib
 import os
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 
@@ -75,8 +75,9 @@ class ParallelTrainer(Trainer):
         """Start to share steps. Call this after compiling and before the first step."""
         self.forward = nn.parallel.DistributedDataParallel(self.model)
 
-    def accumulate(self, more: bool) -> AbstractContextManager:
-        return self.forward.no_sync() if more else super().accumulate(more)
+    def add_gradient(self, images: Tensor, labels: Tensor, weight: float, last: bool) -> Tensor:
+        with contextlib.nullcontext() if last else self.forward.no_sync():
+            return super().add_gradient(images, labels, weight, last)
 
 
 def join(device: torch.device) -> tuple[torch.device, Group]:

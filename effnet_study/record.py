@@ -108,7 +108,8 @@ def upgrade(record: Mapping) -> dict:
 
 def upgrade_config(config: Mapping) -> dict:
     """Return the settings of a record or checkpoint under their present names."""
-    return {RENAMED.get(name, name): value for name, value in config.items() if name not in GONE}
+    present = {RENAMED.get(name, name): value for name, value in config.items() if name not in GONE}
+    return present | ({"compile": "blocks"} if config.get("compile") == "always" else {})
 
 
 def _digest(record: Mapping) -> str:

@@ -89,7 +89,7 @@ class Contender:
 
     def _trainer(self, device: torch.device) -> Trainer:
         size = {"resolution": self.resolution, "batch_size": self.batch_size}
-        config = TrainConfig(**size, optimizer="sgd", lr=0.01, compile="always" if self.compiled else "never")
+        config = TrainConfig(**size, optimizer="sgd", lr=0.01, compile="blocks" if self.compiled else "never")
         model = EfficientNet(self.scaling, 1000, **config.model_options())
         return prepare_trainer(model, config, device, accelerated=self.accelerated)
 

@@ -24,8 +24,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from effnet_lib import Event, TrainConfig, Trainer, amp_dtype, count_cost, evaluate, fit, learning_rate
-from effnet_study.cpu_kernels import accelerate_on_cpu
+from effnet_lib import Event, TrainConfig, amp_dtype, count_cost, evaluate, fit, learning_rate
 from effnet_study.files import (
     HISTORY,
     PREDICTIONS,
@@ -40,12 +39,12 @@ from effnet_study.files import (
     write_history,
     write_progress,
 )
-from effnet_study.machine import can_compile, choose_device, compile_blocks, machine_failed, out_of_memory, peak_memory
-from effnet_study.machine import prepare as prepare_machine
-from effnet_study.parallel import MICRO_BATCH, Group, ParallelTrainer, join
+from effnet_study.machine import choose_device, machine_failed, out_of_memory, peak_memory
+from effnet_study.parallel import MICRO_BATCH, Group, join
 from effnet_study.record import assemble, check_identity, identity_of, read_record, write_record
 from effnet_study.stop import Interrupted, ProcessKilled, Stop
 from effnet_study.tensorboard import event_writer
+from effnet_study.trainers import prepare_trainer
 
 
 def train(
@@ -115,24 +114,6 @@ def train(
         if group.world > 1:
             dist.barrier()
         return read_record(run_dir)
-
-
-def prepare_trainer(
-    model: nn.Module, config: TrainConfig, device: torch.device, group: Group | None = None, accelerated: bool = True
-) -> Trainer:
-    """Set up this process and return a trainer for it. accelerated: with the fast kernels on a CPU."""
-    prepare_machine(device, config.deterministic)
-    if device.type == "cpu" and accelerated:
-        accelerate_on_cpu(model)
-    several = group is not None and group.world > 1
-    trainer = ParallelTrainer(model, config, device, group) if several else Trainer(model, config, device)
-    on_gpu = config.compile == "auto" and device.type == "cuda"
-    trainer.compiled = config.compile == "always" or (on_gpu and can_compile())
-    if trainer.compiled:
-        compile_blocks(trainer.model)
-    if several:
-        trainer.share()
-    return trainer
 
 
 @dataclass
@@ -288,7 +269,8 @@ class Training:
             "peak_memory_bytes": peak_memory(self.device),
             "micro_batch": self.trainer.micro_batch,
             "dtype": self.dtype,
-            "compiled": self.trainer.compiled,
+            "compiled": self.trainer.mode == "blocks",
+            "captured": self.trainer.mode == "graph",
             "devices": self.group.world,
             "started": self.progress["started"],
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -2,6 +2,8 @@
 
 `fake_cuda` lets torch believe in one GPU whose tensors have shape, strides, type and device by CUDA's rules, but no
 contents. `Watch` counts kernel launches, and lists what waits for the device and what loses channels-last memory.
+A CUDA graph's replay is one launch, and while it is captured any copy from the host counts as a wait: the graph would
+copy the old values for ever.
 Both change global state of torch, so use them in a process of their own.
 """
 
@@ -10,6 +12,7 @@ import ctypes
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from unittest import mock
 
 import torch
@@ -27,7 +30,26 @@ GPU = {
     "empty_cache": None,
     "manual_seed_all": None,
     "reset_peak_memory_stats": None,
+    "Stream": mock.MagicMock(),
+    "current_stream": mock.MagicMock(),
 }
+
+
+class Graph:
+    """A CUDA graph, and the context in which it is captured."""
+
+    captured = replays = 0  # launches in the last graph; runs of graphs
+    open = False
+
+    def replay(self) -> None:
+        Graph.replays += 1
+
+    @staticmethod
+    @contextlib.contextmanager
+    def capture(graph: "Graph", stream: object) -> Iterator[None]:
+        Graph.open, Graph.captured = True, 0
+        yield
+        Graph.open = False
 
 
 @contextlib.contextmanager
@@ -43,6 +65,9 @@ def fake_cuda():
         for name, answer in GPU.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, mock.Mock(return_value=answer)))
         patches = [
+            (torch.cuda, "CUDAGraph", Graph),
+            (torch.cuda, "graph", Graph.capture),
+            (torch.cuda, "stream", contextlib.nullcontext),
             (torch.nn.Module, "to", _module_to),
             (FakeTensorMode, "avoid_device_init", True),
             (Tensor, "pin_memory", lambda self: self),
@@ -106,9 +131,11 @@ class Watch(TorchDispatchMode):
 
     def reset(self) -> None:
         self.launches, self.waits, self.layouts = 0, Counter(), Counter()
+        Graph.captured = Graph.replays = 0
 
     def report(self) -> dict:
-        return {"launches": round(self.launches), "waits": dict(self.waits), "layouts": dict(self.layouts)}
+        found = {"launches": round(self.launches + Graph.replays), "captured": round(Graph.captured)}
+        return found | {"waits": dict(self.waits), "layouts": dict(self.layouts)}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, operation._schema.name.removeprefix("aten::")
@@ -120,10 +147,13 @@ class Watch(TorchDispatchMode):
         out = None if name == "_fused_sgd_" else operation(*args, **kwargs)  # torch has no fake version of it
         outs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if any(x.device.type == "cuda" for x in tensors + outs):
+            launches = 0 if operation.is_view or "empty" in name or name in NO_LAUNCH else LAUNCHES.get(name, 1)
             if name.startswith(("_foreach", "_fused")):
-                self.launches += max(1, len(args[0]) / 50)  # a kernel takes about 50 tensors
-            elif not (operation.is_view or "empty" in name or name in NO_LAUNCH):
-                self.launches += LAUNCHES.get(name, 1)
+                launches = max(1, len(args[0]) / 50)  # a kernel takes about 50 tensors
+            if Graph.open:
+                Graph.captured += launches
+            else:
+                self.launches += launches
             self._check_waits(name, args, kwargs, tensors, outs)
             if name in ("convolution", "convolution_backward", "native_batch_norm"):
                 self._check_layout(name, outs[:1] + tensors[:2])
@@ -140,7 +170,7 @@ class Watch(TorchDispatchMode):
         copied = {"_to_copy": (tensors + outs)[:2], "copy_": args[:2][::-1]}.get(name, ())
         if len({x.device.type for x in copied}) == 2:
             free = kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
-            if not free or copied[1].device.type == "cpu":
+            if not free or copied[1].device.type == "cpu" or Graph.open:
                 self.waits[f"copy to {copied[1].device.type} at {_where()}"] += 1
 
     def _check_layout(self, name: str, tensors: list) -> None:

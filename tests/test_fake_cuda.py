@@ -59,9 +59,9 @@ def readable(function, *arguments):
         raise AssertionError(traceback.format_exc()) from None
 
 
-def make_data(pixels: int, streamed: bool = False) -> ImageData:
+def make_data(pixels: int, streamed: bool = False, batches: int = 5) -> ImageData:
     """Make images that are on the device, or in memory if they are streamed."""
-    place, n = "cpu" if streamed else "cuda", 5 * BATCH
+    place, n = "cpu" if streamed else "cuda", batches * BATCH
     images = torch.zeros(n, pixels, pixels, 3, dtype=torch.uint8, device=place)
     labels = torch.zeros(n, dtype=torch.long, device=place)
     indices = {split: torch.arange(n, device=place) for split in ("train", "minival", "test")}
@@ -76,21 +76,21 @@ def note_logits(model: EfficientNet, report: dict) -> None:
     model.classifier.register_forward_hook(lambda module, inputs, output: report["logits"].add(str(output.dtype)))
 
 
-def watch_training(scaling: Scaling, changes: dict, folder: Path) -> dict:
-    """Report what the third step of a run does, from making its batch to looking at its loss."""
+def watch_training(scaling: Scaling, changes: dict, folder: Path, steps: range = range(2, 3)) -> dict:
+    """Report what some steps (from 0) of a run do, from making their batches to looking at their losses."""
     warnings.simplefilter("ignore")  # some are about fake tensors
-    config, report = TrainConfig(resolution=64, batch_size=BATCH, compile="never", **changes), {}
+    config, report = TrainConfig(**{"resolution": 64, "batch_size": BATCH, "compile": "never"} | changes), {}
     model = EfficientNet(scaling, CLASSES, **config.model_options())
     note_logits(model, report)
     with fake_cuda.fake_cuda(), fake_cuda.Watch() as watch:
         device = torch.device("cuda", 0)
-        data, group, stop = make_data(64), Group(device), Stop()
+        data, group, stop = make_data(64, batches=9), Group(device), Stop()
         run = Training(model, data, config, folder, device, group, {}, "", stop, lambda row: None)
         run.load()
         run.begin_epoch()
-        for event in islice(fit(run.trainer, run), 3):
+        for event in islice(fit(run.trainer, run), steps.stop):
             run.after_step(event)
-            if event.step < 3:
+            if event.step <= steps.start:
                 watch.reset()
     return report | watch.report()
 
@@ -164,6 +164,17 @@ def check(report: dict, launches: int) -> None:
 )
 def test_a_training_step(faked, tmp_path, method, changes, launches):
     check(faked(watch_training, TABLE7[method], changes, tmp_path), launches)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C compiler for the stubs of a driver")
+@pytest.mark.parametrize("method, captured, left", [("baseline", 1120, 125), ("depth", 4500, 275)])
+def test_a_captured_step(faked, tmp_path, method, captured, left):
+    """The fourth step captures, the fifth replays. The host neither reads nor writes anything inside the graph."""
+    changes, scaling = {"compile": "auto", "optimizer": "rmsprop"}, TABLE7[method]
+    report = faked(watch_training, scaling, changes, tmp_path, range(3, 4))
+    assert not report["waits"] and 0.9 * captured < report["captured"] <= captured
+    report = faked(watch_training, scaling, changes, tmp_path, range(4, 5))
+    assert not report["waits"] and not report["captured"] and 0.9 * left < report["launches"] <= left
 
 
 @pytest.mark.parametrize(

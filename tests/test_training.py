@@ -86,7 +86,7 @@ def test_the_learning_rate_peaks_once_and_ends_near_zero(schedule, epochs):
         ({"batch_size": 1.5}, "batch_size: expected a valid integer, got 1.5"),
         ({"dropout": 1.0}, "dropout: expected .*less than 1, got 1.0"),
         ({"compile": True}, "unknown compile True"),
-        ({"compile": "allways"}, "unknown compile 'allways'. Did you mean 'always'"),
+        ({"compile": "block"}, "unknown compile 'block'. Did you mean 'blocks'"),
         ({"optimizer": "sdg"}, "unknown optimizer 'sdg'. Did you mean 'sgd'"),
         ({"batch_size": 5, "accumulation": 3}, "accumulation: expected at most half of batch_size, 2, got 3"),
         ({"batch_size": 1}, "batch_size: expected a value greater than or equal to 2, got 1"),
