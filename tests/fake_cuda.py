@@ -2,17 +2,19 @@
 
 `fake_cuda` lets torch believe in one GPU whose tensors have shape, strides, type and device by CUDA's rules, but no
 contents. `Watch` counts kernel launches, and lists what waits for the device and what loses channels-last memory.
-A CUDA graph's replay is one launch, and while it is captured any copy from the host counts as a wait: the graph would
-copy the old values for ever.
-Both change global state of torch, so use them in a process of their own.
+`InductorCode` collects the code that torch.compile generates. A CUDA graph's replay is one launch. While it is captured
+any copy from the host counts as a wait, because the graph would copy the old values for ever.
+All change global state of torch, so use them in a process of their own.
 """
 
 import contextlib
+import copy
 import ctypes
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -182,3 +184,75 @@ class Watch(TorchDispatchMode):
 def _where() -> str:
     frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__]
     return " < ".join(f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in reversed(frames[-3:]))
+
+
+# What Inductor asks of an H100 (compute capability 9.0)
+H100 = {
+    "name": "NVIDIA H100 80GB HBM3",
+    "major": 9,
+    "minor": 0,
+    "total_memory": 80 * 2**30,
+    "multi_processor_count": 132,
+    "max_threads_per_multi_processor": 2048,
+    "regs_per_multiprocessor": 65536,
+    "max_threads_per_block": 1024,
+    "warp_size": 32,
+    "shared_memory_per_block": 49152,
+    "shared_memory_per_block_optin": 232448,
+    "shared_memory_per_multiprocessor": 233472,
+    "L2_cache_size": 50 * 2**20,
+    "gcnArchName": "",
+    "uuid": "",
+}
+INDUCTOR = {"get_device_properties": SimpleNamespace(**H100), "get_device_capability": (9, 0), "device_count": 1}
+INDUCTOR |= {"is_initialized": True, "_lazy_init": None, "_exchange_device": 0, "_maybe_exchange_device": 0}
+INDUCTOR |= {"mem_get_info": (79 * 2**30, 80 * 2**30), "get_rng_state": torch.zeros(16, dtype=torch.uint8)}
+INDUCTOR |= {"set_rng_state": None, "synchronize": None}
+
+
+class InductorCode(list):
+    """The code that Inductor generates within this context for an H100, a text for each graph. Triton does not compile
+    it: the graphs are run without it. As a backend of torch.compile this is to be used within `fake_cuda`."""
+
+    def __enter__(self):
+        from torch._dynamo.device_interface import CudaInterface
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime.driver import driver
+
+        self.stack = contextlib.ExitStack()
+        properties = INDUCTOR["get_device_properties"]
+        interface = {"get_device_properties": properties, "current_device": 0, "device_count": 1}
+        interface |= {"get_compute_capability": 90, "is_bf16_supported": True, "is_available": True}
+        worker = {"get_device_properties": properties, "current_device": 0}
+        for holder, answers in ((torch.cuda, INDUCTOR), (CudaInterface, interface), (CudaInterface.Worker, worker)):
+            for name, answer in answers.items():
+                self.stack.enter_context(mock.patch.object(holder, name, mock.Mock(return_value=answer)))
+        copied = mock.patch.object(FakeTensorMode, "__deepcopy__", lambda self, memo: self, create=True)
+        self.stack.enter_context(copied)
+        utils = SimpleNamespace(get_device_properties=lambda device: H100)
+        place = {"get_current_device": lambda: 0, "get_active_torch_device": lambda: torch.device("cuda", 0)}
+        place |= {"get_current_target": lambda: GPUTarget("cuda", 90, 32), "get_current_stream": lambda device=None: 0}
+        driver.set_active(SimpleNamespace(**place, utils=utils, is_active=lambda: True))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stack.close()
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(graph, inputs, inner_compile=self._generate)
+
+    def _generate(self, graph: torch.fx.GraphModule, inputs: list[Tensor], **options):
+        from torch._functorch.aot_autograd import make_boxed_func
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.graph import GraphLowering
+
+        def keep(lowered: GraphLowering) -> SimpleNamespace:
+            self.append(lowered.codegen()[0].value)
+            return SimpleNamespace(call=None)
+
+        with mock.patch.object(GraphLowering, "_compile_to_module", keep), config.patch(force_disable_caches=True):
+            compile_fx_inner(copy.deepcopy(graph), inputs, **options)
+        return make_boxed_func(graph.forward)

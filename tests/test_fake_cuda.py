@@ -19,8 +19,9 @@ import fake_cuda
 import pytest
 import torch
 
-from effnet_lib import TABLE7, EfficientNet, Scaling, TrainConfig, evaluate, fit
+from effnet_lib import TABLE7, EfficientNet, Scaling, TrainConfig, Trainer, evaluate, fit, round_resolution
 from effnet_study.data.dataset import ImageData
+from effnet_study.machine import compile_blocks
 from effnet_study.parallel import Group
 from effnet_study.stop import Stop
 from effnet_study.training import Training
@@ -108,6 +109,21 @@ def watch_batch(pixels: int, changes: dict, streamed: bool = False) -> dict:
         return watch.report()
 
 
+def generate_code(scaling: Scaling) -> tuple[int, list[str]]:
+    """Take a step of a network at its resolution in the paper. Return its number of different parts: stem, head,
+    and the first and further blocks of each stage; and the code that is generated for them."""
+    warnings.simplefilter("ignore")
+    px = round_resolution(scaling.resolution)
+    config = TrainConfig(resolution=px, batch_size=64)
+    with fake_cuda.fake_cuda(), fake_cuda.InductorCode() as code:
+        model = EfficientNet(scaling, **config.model_options())
+        trainer = Trainer(model, config, torch.device("cuda", 0))
+        compile_blocks(trainer.model, backend=code)
+        images = torch.empty(64, 3, px, px, device="cuda").contiguous(memory_format=torch.channels_last)
+        trainer.step(images, torch.zeros(64, dtype=torch.long, device="cuda"), 0, 0, 10)
+    return 2 + sum(min(2, len(stage)) for stage in model.stages), list(code)
+
+
 class BatchesEnd(Exception):
     pass
 
@@ -164,6 +180,17 @@ def check(report: dict, launches: int) -> None:
 )
 def test_a_training_step(faked, tmp_path, method, changes, launches):
     check(faked(watch_training, TABLE7[method], changes, tmp_path), launches)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="needs a C compiler for the stubs of a driver")
+@pytest.mark.parametrize(
+    "method", ["depth", "compound"]
+)  # all parts of B0 and two more; channels that 32 does not divide
+def test_code_is_generated_for_every_part(faked, method):
+    parts, code = faked(generate_code, TABLE7[method])
+    assert len(code) == 2 * parts  # forward and backward, and equal blocks share it
+    assert all("triton_" in text and "def call(" in text for text in code)
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C compiler for the stubs of a driver")
