@@ -128,6 +128,9 @@ def machine_failed(error: Exception) -> bool:
 # ---- 3. Compiler ---------------------------------------------------------------------------------------------------
 
 
+GPU_CODE = {"combo_kernels": True}  # of Inductor: small kernels that do not depend on each other share a launch
+
+
 def can_compile() -> bool:
     """Tell whether torch.compile can work for a GPU: Triton needs a C compiler and Python's headers. Print if not."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -138,8 +141,8 @@ def can_compile() -> bool:
 
 
 def compile_blocks(model: nn.Module, **options) -> None:
-    """Apply torch.compile to stem, blocks and head, one by one. Equal blocks share compiled code, so a deeper network
-    takes no longer. Compilation happens at the first batch. torch keeps the code on disk for other processes."""
+    """Apply torch.compile with these options to stem, blocks and head, one by one. Equal blocks share compiled code, so
+    a deeper network takes no longer. Compilation happens at the first batch. torch keeps the code on disk."""
     torch._dynamo.reset()  # what other networks in this process have compiled counts against the limit
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # kinds of blocks, not 8
     blocks = [module for module in model.modules() if isinstance(module, MBConv)]

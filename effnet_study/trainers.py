@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from effnet_lib import TrainConfig, Trainer
 from effnet_study.cpu_kernels import accelerate_on_cpu
-from effnet_study.machine import can_compile, compile_blocks
+from effnet_study.machine import GPU_CODE, can_compile, compile_blocks
 from effnet_study.machine import prepare as prepare_machine
 from effnet_study.parallel import Group, ParallelTrainer
 
@@ -30,7 +30,7 @@ def prepare_trainer(
         trainer = (CapturedTrainer if mode == "graph" else Trainer)(model, config, device)
     trainer.mode = mode
     if mode == "blocks":
-        compile_blocks(trainer.model)
+        compile_blocks(trainer.model, options=GPU_CODE if device.type == "cuda" else None)
     if several:
         trainer.share()
     return trainer
@@ -110,6 +110,7 @@ class CapturedTrainer(Trainer):
 def record(work: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
     """Capture the kernels that `work` launches, which do not run yet. Return what runs them."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # thread_local: the threads that read streamed images may allocate memory meanwhile
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work()
     return graph.replay

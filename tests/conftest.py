@@ -66,8 +66,10 @@ SHARED = ("executed", "benched", "rebuilt", "trained", "base_end", "lab", "undis
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Let one worker run all tests that share a fixture which takes long to make."""
+    """Let one worker run all tests that share a fixture which takes long to make. Skip what needs a GPU without one."""
     for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if shared := next((name for name in SHARED if name in item.fixturenames), None):
             item.add_marker(pytest.mark.xdist_group(shared))
 

@@ -24,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from effnet_study.machine import GPU_CODE
+
 # What torch.cuda answers
 GPU = {
     "is_available": True,
@@ -48,7 +50,7 @@ class Graph:
 
     @staticmethod
     @contextlib.contextmanager
-    def capture(graph: "Graph", stream: object) -> Iterator[None]:
+    def capture(graph: "Graph", stream: object, capture_error_mode: str) -> Iterator[None]:
         Graph.open, Graph.captured = True, 0
         yield
         Graph.open = False
@@ -241,7 +243,7 @@ class InductorCode(list):
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]):
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(graph, inputs, inner_compile=self._generate)
+        return compile_fx(graph, inputs, inner_compile=self._generate, config_patches=GPU_CODE)
 
     def _generate(self, graph: torch.fx.GraphModule, inputs: list[Tensor], **options):
         from torch._functorch.aot_autograd import make_boxed_func

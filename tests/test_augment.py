@@ -303,7 +303,7 @@ def test_order_and_pairs_of_mixing_are_as_documented():
         assert set(row.nonzero()[:, 0].tolist()) <= {mine, its} and row[mine] > 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_gpu_makes_the_batches_that_a_cpu_makes(whole, digits, recipe):
     there = digits.to("cuda")

@@ -143,7 +143,7 @@ def test_where_nothing_can_be_captured_the_plain_step_goes_on(tiny_model, recipe
     assert capsys.readouterr().out.count("not permitted while capturing") == 1 and captured.mode == "never"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_captured_steps_on_a_gpu(tiny_model, recipe, precision):
     """The captured kernels are those of the plain step, with its draws; the order of some sums is not fixed."""

@@ -444,7 +444,7 @@ def test_a_real_limit_of_memory_halves_the_micro_batch(tmp_path):
     assert said.index("out of memory: going on with micro-batches of 64") > 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", TABLE7)
 def test_every_row_of_table_7_trains_within_24_gb_of_a_gpu(tmp_path, method):
     total, limit = torch.cuda.get_device_properties(0).total_memory, 24e9
@@ -550,7 +550,7 @@ def test_mixed_precision_learns(tmp_path, tiny_model, recipe, precision):
     assert record["status"] == "finished" and record["test"]["top1"] > 50
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_the_same_model_trains_on_a_gpu(tmp_path, tiny_model, recipe, precision):
     digits = load_data("digits", size=16, train_per_class=40)
