@@ -1,6 +1,7 @@
 # make study [PROFILE=quick]   the whole experiment      make test   lint and tests
 # make report                  figures, README tables, report/, poster/ from results/
 # make lab                     JupyterLab                make clean  remove what was made here (never results of other profiles)
+# make gpu-check               on a GPU, ten minutes: its tests, B0's speed, two epochs of a real run
 # make test-slow               whole notebooks, kills, several processes; in a real browser too, if Chromium is here
 PROFILE ?= quick
 PYTHON ?= python3
@@ -19,6 +20,11 @@ test: .venv/ready
 test-slow: .venv/ready
 	.venv/bin/pytest -n 2 --dist loadgroup -m slow
 	.venv/bin/pytest -m browser -rs tests/test_browser.py
+
+gpu-check: .venv/ready
+	.venv/bin/pytest -m gpu -rs
+	.venv/bin/effnet bench --quick
+	.venv/bin/effnet pilot tiny-imagenet epochs=2
 
 report: .venv/ready
 	.venv/bin/python -m effnet_study.documents.compose
@@ -43,4 +49,4 @@ clean:
 	rm -rf .venv results/quick *.egg-info build .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: study test test-slow report lab clean
+.PHONY: study test test-slow gpu-check report lab clean
