@@ -113,10 +113,8 @@ def test_figure_8_stands_beside_the_papers_and_matched_networks_in_a_figure_of_t
 
 
 def test_methods_of_one_colour_have_dashes_of_their_own():
-    methods = ["depth", "depth_matched", "depth_x4", "depth_x2", "compound_x2"]
-    table = pd.DataFrame({"method": methods, "flops": [4, 4, 3, 2, 2]})
-    styles = figures.line_styles(table)
-    assert styles == {"depth_matched": "--", "depth_x2": "-", "depth_x4": "--", "compound_x2": "-"}
+    styles = figures.line_styles(["depth", "depth_matched", "depth_x2", "compound_x2", "compound_phi3.0"])
+    assert styles == {"depth": "-", "depth_matched": "--", "depth_x2": ":", "compound_x2": "-", "compound_phi3.0": "--"}
 
 
 def test_curves_are_means_over_seeds_with_a_panel_for_each_way_of_scaling(profile, tmp_path):
@@ -203,9 +201,8 @@ def test_the_classes_that_gain_and_lose_most_are_named(profile):
 
 def test_calibration_is_drawn_as_accuracy_by_confidence(profile):
     curve = pd.DataFrame({"confidence": [20.0, 80], "accuracy": [10.0, 60]})
-    table = pd.DataFrame({"method": ["depth_matched"], "flops": [1]})
-    (ax,) = figures.draw_calibration(profile, table, {"depth_matched": curve}).axes
-    assert ax.lines[1].get_xydata().tolist() == [[20, 10], [80, 60]] and ax.lines[1].get_linestyle() == "--"
+    (ax,) = figures.draw_calibration(profile, {"depth": curve, "depth_matched": curve}).axes
+    assert ax.lines[2].get_xydata().tolist() == [[20, 10], [80, 60]] and ax.lines[2].get_linestyle() == "--"
     assert ax.lines[0].get_xydata().tolist() == [[0, 0], [100, 100]]
 
 

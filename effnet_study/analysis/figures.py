@@ -1,10 +1,8 @@
-"""The figures of the notebooks. Each function draws from tables and returns a matplotlib figure.
+"""The figures of the notebooks, drawn from tables. Dots are seeds, a tick is their mean, a bar its 95 % interval.
 
 TO ADD A FIGURE, write a function here, and a cell in notebooks/05_analysis.ipynb that calls it and saves the figure as
 folder / "figures" / "NAME"; the cell's metadata needs "alt", its text for people who do not see it. Then name it in
 FIGURES of summary.py for the results' README.md, in FIGURES of documents/page.py for the page, in report/report.typ.
-
-Every method has its colour (methods.COLORS). Dots are seeds, a tick is their mean, a bar its 95 % interval.
 """
 
 import math
@@ -25,9 +23,6 @@ from effnet_study.run import Run
 GREY, PALE = "#999999", "#e6e6e6"
 UNITS = {"million": 1e6, "billion": 1e9}
 CORNERS = {"depth": (0, 0), "width": (1, 0), "resolution": (0.5, math.sqrt(3) / 2)}  # of the search's triangle
-
-
-# ---- 1. Parts of figures -------------------------------------------------------------------------------------------
 
 
 def label_ends(ax, points: Sequence[tuple[float, float, str]]) -> None:
@@ -80,12 +75,12 @@ def draw_against_cost(ax, points: Mapping[str, tuple[float, Sequence[float]]], u
     label_ends(ax, ends)
 
 
-def line_styles(table: pd.DataFrame) -> dict[str, str]:
-    """Return the dashes of the methods of Table 7 that share their colour with another one."""
-    styles = {method: "--" for method in table["method"] if method.endswith("_matched")}
-    budgets = {row.method: row.flops for row in table.itertuples() if parse_method(row.method).times}
-    for line in figure8_lines(budgets):
-        styles |= zip(line, ("-", "--", ":", "-.") * len(line), strict=False)
+def line_styles(methods: Iterable[str]) -> dict[str, str]:
+    """Return dashes with which methods of one colour differ."""
+    styles = {}
+    for method in methods:
+        same = sum(color(other) == color(method) for other in styles)
+        styles[method] = ("-", "--", ":", "-.")[same % 4]
     return styles
 
 
@@ -103,9 +98,6 @@ def _draw_by_epochs(ax, table: pd.DataFrame, by: str, value: str, apart: float) 
 
 def _heading(profile: Profile, done: pd.DataFrame) -> str:
     return f"{drawn(done['data'].iloc[0], 80)}, base {profile.base_resolution} px\n{profile.stamp}"
-
-
-# ---- 2. Runs: Table 7, Figure 8, learning curves -------------------------------------------------------------------
 
 
 def draw_figure8(profile: Profile, points: Mapping[str, tuple[float, Sequence[float]]], done: pd.DataFrame):
@@ -135,13 +127,13 @@ def draw_all_curves(profile: Profile, table: pd.DataFrame, done: pd.DataFrame):
     from the lowest to the highest seed. table: of `tables.table7`."""
     lines = figure8_lines(table.set_index("method")["flops"].to_dict()) or [["baseline"]]
     fig, axes = plt.subplots(1, len(lines), figsize=(1 + 2 * len(lines), 2.8), sharey=True, squeeze=False)
-    styles = line_styles(table)
+    styles = line_styles(table["method"])
     for ax, line in zip(axes[0], lines, strict=True):
         for method in line:
             runs = pd.concat(load_history(run_dir) for run_dir in done.loc[done["method"] == method, "run_dir"])
             top1 = runs.groupby("epoch")["minival_top1"].agg(["mean", "min", "max"])
             ax.fill_between(top1.index, top1["min"], top1["max"], color=color(method), alpha=0.2, lw=0)
-            style = {"color": color(method), "ls": styles.get(method, "-"), "marker": "." if len(top1) == 1 else None}
+            style = {"color": color(method), "ls": styles[method], "marker": "." if len(top1) == 1 else None}
             ax.plot(top1["mean"], label=spoken(method), **style)
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -165,14 +157,9 @@ def draw_learning_curves(*runs: Run):
     return fig
 
 
-# ---- 3. Single images --------------------------------------------------------------------------------------------
-
-
 def draw_activation_maps(images: Sequence[np.ndarray], truth: Sequence[str], maps: Mapping[str, tuple], title: str):
     """Draw Figure 7: a row for each image (H, W, 3) of class `truth`, then each method's map under its prediction.
-
-    maps: by method the maps (N, H, W) in [0, 1], and the names of the predicted classes (N,).
-    """
+    maps: by method the maps (N, H, W) in [0, 1], and the names of the predicted classes (N,)."""
     columns = len(maps) + 1
     fig, axes = plt.subplots(len(images), columns, figsize=(1.3 * columns, 1.5 * len(images)), squeeze=False)
     for ax, image, name in zip(axes[:, 0], images, truth, strict=True):
@@ -207,21 +194,17 @@ def draw_per_class(profile: Profile, table: pd.DataFrame):
     return fig
 
 
-def draw_calibration(profile: Profile, table: pd.DataFrame, curves: Mapping[str, pd.DataFrame]):
-    """Draw accuracy against confidence, a line for each method. table, curves: of `table7` and `calibration_table`."""
+def draw_calibration(profile: Profile, curves: Mapping[str, pd.DataFrame]):
+    """Draw accuracy against confidence, a line for each method. curves: of `calibration_table`."""
     fig, ax = plt.subplots(figsize=(4.6, 4))
     ax.plot([0, 100], [0, 100], color=GREY, lw=0.8, ls=":")
-    styles = line_styles(table)
-    for method, curve in curves.items():
-        style = {"color": color(method), "label": spoken(method), "ls": styles.get(method, "-")}
-        ax.plot(curve["confidence"], curve["accuracy"], marker=".", **style)
+    for method, dashes in line_styles(curves).items():
+        style = {"color": color(method), "label": spoken(method), "ls": dashes, "marker": "."}
+        ax.plot(curves[method]["confidence"], curves[method]["accuracy"], **style)
     ax.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
     ax.set_title(f"Reliability, mean over seeds\n{profile.stamp}")
     ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
     return fig
-
-
-# ---- 4. Contrasts, lengths, ablations, the search ------------------------------------------------------------------
 
 
 def draw_contrasts(profile: Profile, contrasts: pd.DataFrame, done: pd.DataFrame):
@@ -234,9 +217,10 @@ def draw_contrasts(profile: Profile, contrasts: pd.DataFrame, done: pd.DataFrame
     ax.axvspan(-MARGIN, MARGIN, color=PALE, lw=0)
     ax.axvline(0, color="black", lw=0.8)
     for y, row in zip(places, contrasts.itertuples(), strict=True):
-        ax.plot([row.low, row.high], [y, y], color=color(row.target))
-        ax.plot(row.difference, y, "o", color=color(row.target), ms=7)
-        ax.plot(row.paper_difference, y, "D", color=color(row.target), mfc="white")
+        shade = color(row.target)
+        ax.plot([row.low, row.high], [y, y], color=shade)
+        ax.plot(row.difference, y, "o", color=shade, ms=7)
+        ax.plot(row.paper_difference, y, "D", color=shade, mfc="white")
         ax.annotate(row.outcome, (1.02, y), xycoords=("axes fraction", "data"), va="center")
     ax.set_yticks(places, [f"{spoken(row.target)} - {spoken(row.other)}" for row in contrasts.itertuples()])
     ax.set(ylim=(places[-1] + 0.5, -0.5), xlabel="difference of test top-1 (points)")
@@ -252,8 +236,9 @@ def draw_lengths(profile: Profile, lengths: pd.DataFrame, contrasts: pd.DataFram
     right.axhline(0, color="black", lw=0.8)
     _draw_by_epochs(left, lengths, "method", "top1", 1.03)
     _draw_by_epochs(right, contrasts, "other", "difference", 1.06)
+    epochs = sorted(lengths["epochs"].unique())
     for ax in (left, right):
-        ax.set_xticks(sorted(lengths["epochs"].unique()), sorted(lengths["epochs"].unique()))
+        ax.set_xticks(epochs, epochs)
     left.set(ylabel="test top-1 (%)", title=f"{drawn(done['data'].iloc[0], 80)}\n{profile.stamp}")
     title = "compound minus each matched axis\nintervals of one length: 95 % together"
     right.set(ylabel="difference (points)", title=title)

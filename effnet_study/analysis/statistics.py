@@ -17,9 +17,6 @@ SEEDS_TO_DECIDE = 5  # a claim with fewer finished seeds of any method stays inc
 SAME = "same network"  # the word of a contrast whose two methods are by rounding one network
 
 
-# ---- 1. Intervals --------------------------------------------------------------------------------------------------
-
-
 def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Return mean, low and high of Student's 95 % interval over seeds (n,). Below two values low and high are NaN."""
     return contrast_interval([(1, values)])
@@ -50,9 +47,6 @@ def contrast_interval(
 def joint_confidence(contrasts: int) -> float:
     """Return the confidence of each interval with which several hold together at 95 % (Bonferroni): 0.983 for three."""
     return 1 - (1 - CONFIDENCE) / max(contrasts, 1)
-
-
-# ---- 2. Contrasts of a claim ---------------------------------------------------------------------------------------
 
 
 def word(low: float, high: float) -> str:
@@ -114,9 +108,6 @@ def claim_outcome(words: Sequence[str], seeds: int, complete: bool) -> str:
     if {"below", "equal"} & set(words):
         return "contradicted"
     return "reproduced" if set(words) == {"above"} else "inconclusive"
-
-
-# ---- 3. Images -----------------------------------------------------------------------------------------------------
 
 
 def bootstrap(correct: Sequence[np.ndarray], draws: int = 2000) -> np.ndarray:

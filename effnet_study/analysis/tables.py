@@ -1,8 +1,5 @@
 """The tables of the analysis, made from the records of runs: Table 7, contrasts, training lengths, single
-images, the search.
-
-Scores are top-1 in percent, differences in points, FLOPs multiply-adds. results: the folder that holds a folder for
-each profile, if it is not the project's.
+images, the search. Scores are top-1 in percent, differences in points, FLOPs multiply-adds.
 """
 
 import contextlib
@@ -21,8 +18,6 @@ from effnet_study.methods import PAPER_TABLE7
 from effnet_study.profile import Profile, load_profile, profile_names
 from effnet_study.record import read_record, recipe
 from effnet_study.run import Run, load_runs
-
-# ---- 1. Runs, and the profiles that extend a study -----------------------------------------------------------------
 
 
 def study_runs(profile: Profile, results: str | Path | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -91,16 +86,10 @@ def extensions(profile: Profile) -> list[Profile]:
     return [other for other in found if other.parent is not None and other.parent.name == profile.name]
 
 
-# ---- 2. Table 7, and the contrasts of claims -----------------------------------------------------------------------
-
-
 def table7(profile: Profile, done: pd.DataFrame) -> pd.DataFrame:
-    """Return our Table 7, a row per method with finished runs.
-
-    d, w, r are the method's coefficients; top1 and top5 the mean over n seeds, with low and high of Student's 95 %
+    """Return our Table 7, a row per method with finished runs: means over n seeds, with low and high of Student's 95 %
     interval and, for top1, the standard deviation. same_as names an earlier method that is by rounding the same
-    network. seconds is the whole run's.
-    """
+    network."""
     known, rows, first = networks(profile, done), [], {}
     for method, group in done.groupby("method", sort=False):
         row = {"method": method, **group[["d", "w", "r"]].iloc[0]}
@@ -118,11 +107,9 @@ def table7(profile: Profile, done: pd.DataFrame) -> pd.DataFrame:
 
 
 def contrasts(profile: Profile, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the contrasts of the profile's claims, a row for each with finished runs of both sides.
-
-    low, high and half_width are those of Welch's interval at `confidence`, with which the intervals of one claim hold
-    together at 95 %. paper_difference is that of the paper's Table 7.
-    """
+    """Return the contrasts of the profile's claims, a row for each with finished runs of both sides. low, high and
+    half_width are those of Welch's interval at `confidence`, with which the intervals of one claim hold together at
+    95 %. paper_difference is that of the paper's Table 7."""
     done = runs[runs["status"] == "finished"]
     scores, known = scores_by_method(done), networks(profile, runs)
     flops = done.groupby("method")["flops"].first()
@@ -143,9 +130,6 @@ def compare_costs(baseline: Run, run: Run) -> pd.DataFrame:
         columns[each.method] = {**vars(each.scaling), "px": each.config.resolution, **vars(each.cost)}
     table = pd.DataFrame(columns)
     return table.assign(ratio=table[run.method] / table["baseline"])
-
-
-# ---- 3. Training length, and Figure 8 with the runs of other profiles ----------------------------------------------
 
 
 def length_profiles(profile: Profile) -> list[Profile]:
@@ -193,18 +177,15 @@ def figure8_points(
     return points
 
 
-# ---- 4. Single images: classes, calibration ------------------------------------------------------------------------
-
-
 def load_answers(done: pd.DataFrame) -> dict[str, list[Mapping[str, np.ndarray]]]:
     """Return label, predicted and confidence (images,) of each seed's test images, by method. A method is left out if a
-    run of it did not keep its answers. Empty if one method of several is left: there is nothing to compare."""
-    answers, methods = {}, done.groupby("method", sort=False)
-    for method, group in methods:
+    run of it did not keep its answers."""
+    answers = {}
+    for method, group in done.groupby("method", sort=False):
         paths = [run_dir / PREDICTIONS for run_dir in group["run_dir"]]
         if all(path.exists() for path in paths):
             answers[method] = [np.load(path) for path in paths]
-    return answers if len(answers) > 1 or len(methods) == 1 else {}
+    return answers
 
 
 def per_class(answers: Mapping[str, Sequence[Mapping]], done: pd.DataFrame) -> pd.DataFrame:
@@ -235,9 +216,6 @@ def calibration_table(
         rows.append(row | {"top1": top1[method], "purpose": profile.purpose})
         curves[method] = pd.concat(bins[bins["images"] >= 10] for _, bins in found).groupby("bin").mean()
     return pd.DataFrame(rows), curves
-
-
-# ---- 5. The coefficient search ---------------------------------------------------------------------------------------
 
 
 def search_outcome(profile: Profile, table: pd.DataFrame, candidates: Sequence[Run]) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -37,27 +38,26 @@ from effnet_study.record import read_record
 DEFAULT = "pocket"  # the study that the committed documents are about
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # the fonts of the figures: typst has no sans-serif font
 BEGIN, END = "<!-- results: made by make report -->", "<!-- results: end -->"
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-# ---- 1. Tables and figures -----------------------------------------------------------------------------------------
 
 
 def make_figures(study: Study) -> dict[str, str]:
-    """Execute 05_analysis for the study and its extensions, where runs are finished; for the study also 00_architecture
-    if its table is missing, and then 08_trained_networks. Return errors by the name of the study."""
+    """Execute 05_analysis for the study and its extensions, where runs are finished, two at a time; for the study also
+    00_architecture if its table is missing, and then 08_trained_networks. Return errors by the name of the study."""
     failures = {}
+
+    def execute(task: tuple[Study, str, dict]) -> None:
+        try:
+            _execute(*task)
+        except RuntimeError as error:
+            failures[task[0].name] = str(error)
+
     tasks = [(each, "05_analysis", {}) for each in (study, *study.extensions) if not each.finished.empty]
     if not study.has("tables/table7_cost.csv"):  # the first finding, which needs no run
         tasks.append((study, "00_architecture", {"explorer": False}))
-    if not study.finished.empty:
-        tasks.append((study, "08_trained_networks", {}))
-    for each, notebook, parameters in tasks:
-        if each.name not in failures:
-            try:
-                _execute(each, notebook, parameters)
-            except RuntimeError as error:
-                failures[each.name] = str(error)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(execute, tasks))
+    if not study.finished.empty and study.name not in failures:  # after 05, whose tables it may not take for its own
+        execute((study, "08_trained_networks", {}))
     return failures
 
 
@@ -74,9 +74,6 @@ def _execute(study: Study, notebook: str, parameters: Mapping[str, object]) -> N
     if not executed.is_file() or before != {path: path.read_bytes() for path in tables.glob("*")}:
         new.replace(executed)
     shutil.rmtree(new.parent)
-
-
-# ---- 2. What the documents get -------------------------------------------------------------------------------------
 
 
 def describe(study: Study) -> dict:
@@ -131,9 +128,6 @@ def gather(study: Study) -> dict:
         "margin": MARGIN,
         "paper": {method: {"flops": flops, "top1": top1} for method, (flops, top1) in PAPER_TABLE7.items()},
     }
-
-
-# ---- 3. The documents ----------------------------------------------------------------------------------------------
 
 
 def compile_typst(
@@ -193,12 +187,11 @@ def write_all(study: Study, output: Path) -> list[str]:
     return [*lines, "report/index.html", "report/scale.md", "README.md"]
 
 
-@app.command()
 def main(
-    study: Annotated[str, typer.Argument(help="name or file of a profile")] = DEFAULT,
-    results: Annotated[Path, typer.Option(help="folder of results", show_default=False)] = RESULTS,
-    output: Annotated[Path, typer.Option(help="where README.md, report/ and poster/ go", show_default=False)] = ROOT,
-    keep_figures: Annotated[bool, typer.Option("--keep-figures", help="use tables and figures as they are")] = False,
+    study: Annotated[str, typer.Argument()] = DEFAULT,
+    results: Path = RESULTS,
+    output: Path = ROOT,
+    keep_figures: bool = False,
 ) -> None:
     """Make tables and figures from the runs' records, under --results, then README, report, poster and page, under
     --output. The exit status is 1 if the analysis of a study failed."""
@@ -219,4 +212,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

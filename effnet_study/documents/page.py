@@ -47,16 +47,10 @@ def scored_runs(study: Study) -> pd.DataFrame:
     return runs.assign(run=names, label=labels, x=runs["flops"] / 1e6, minutes=runs["seconds"] / 60)
 
 
-def read_histories(runs: pd.DataFrame) -> pd.DataFrame:
-    """Read the histories of runs: a row for each epoch with run, method, label, seed, and the columns of history.jsonl.
-    runs: of `scored_runs`."""
-    names = ["run", "method", "label", "seed"]
-    return pd.concat(load_history(row["run_dir"]).assign(**row[names]) for _, row in runs.iterrows())
-
-
-def draw(study: Study, runs: pd.DataFrame, epochs: pd.DataFrame) -> dict[str, dict]:
-    """Return the specifications of the charts by name. runs: of `scored_runs`; epochs: of `read_histories`."""
-    x = "FLOPs ({} multiply-adds)"
+def draw(study: Study, runs: pd.DataFrame) -> dict[str, dict]:
+    """Return the specifications of the charts by name. runs: of `scored_runs`."""
+    x, about = "FLOPs ({} multiply-adds)", ["run", "method", "label", "seed"]
+    epochs = pd.concat(load_history(row["run_dir"]).assign(**row[about]) for _, row in runs.iterrows())
     paper = [(method, flops, top1, method, flops / 1e9) for method, (flops, top1) in PAPER_TABLE7.items()]
     paper = pd.DataFrame(paper, columns=["method", "flops", "top1", "label", "x"])
     return {
@@ -123,11 +117,11 @@ def write_notebooks(study: Study, output: Path) -> list[dict[str, str]]:
             if "_seed" in path.name or ".partial" in path.name:
                 continue
             title, body = convert(path)
-            books.append({"address": f"notebooks/{group}/{path.stem}.html", "group": group, "title": title})
-            target = output / books[-1]["address"]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            about = books[-1] | {"body": Markup(body), "pygments": pygments}
-            target.write_text(fill_in("index-template.html", notebook=about), encoding="utf-8", errors="replace")
+            book = {"address": f"notebooks/{group}/{path.stem}.html", "group": group, "title": title}
+            page = fill_in("index-template.html", notebook=book | {"body": Markup(body), "pygments": pygments})
+            (output / "notebooks" / group).mkdir(parents=True, exist_ok=True)
+            (output / book["address"]).write_text(page, encoding="utf-8", errors="replace")
+            books.append(book)
     return books
 
 
@@ -137,7 +131,7 @@ def build_page(study: Study, output: Path) -> None:
     # Vega, Vega-Lite and Vega-Embed, of the version that Altair writes for
     libraries = vl_convert.javascript_bundle(vl_version=".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2]))
     runs = scored_runs(study)
-    specs = draw(study, runs, read_histories(runs)) if len(runs) else {}
+    specs = draw(study, runs) if len(runs) else {}
     # "</script>" and "<!--" in a string would change where the element that holds it ends.
     packed = Markup(json.dumps(specs, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
     values = {"study": study, "outcome": outcome(study), "runs": runs, "specs": specs, "packed": packed}
