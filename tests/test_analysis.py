@@ -408,10 +408,8 @@ def test_mistakes_are_measured_on_these_runs(changeable):
 
 def page_of(profile, results):
     """README.md of a profile's results."""
-    runs, done = tables.study_runs(profile, results)
-    contrasts = tables.contrasts(profile, runs)
-    found = verdict(profile, runs, contrasts)
-    summary.write_page(profile, runs, tables.table7(profile, done), contrasts, found, results)
+    runs, _ = tables.study_runs(profile, results)
+    summary.write_page(profile, verdict(profile, runs, tables.contrasts(profile, runs)), results)
     return (results / profile.name / "README.md").read_text()
 
 

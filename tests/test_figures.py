@@ -115,6 +115,7 @@ def test_figure_8_stands_beside_the_papers_and_matched_networks_in_a_figure_of_t
 def test_methods_of_one_colour_have_dashes_of_their_own():
     styles = figures.line_styles(["depth", "depth_matched", "depth_x2", "compound_x2", "compound_phi3.0"])
     assert styles == {"depth": "-", "depth_matched": "--", "depth_x2": ":", "compound_x2": "-", "compound_phi3.0": "--"}
+    assert figures.line_styles(["depth_matched"]) == {"depth_matched": "--"}
 
 
 def test_curves_are_means_over_seeds_with_a_panel_for_each_way_of_scaling(profile, tmp_path):

@@ -76,11 +76,11 @@ def draw_against_cost(ax, points: Mapping[str, tuple[float, Sequence[float]]], u
 
 
 def line_styles(methods: Iterable[str]) -> dict[str, str]:
-    """Return dashes with which methods of one colour differ."""
+    """Return dashes with which methods of one colour differ. What is matched is always dashed."""
     styles = {}
     for method in methods:
         same = sum(color(other) == color(method) for other in styles)
-        styles[method] = ("-", "--", ":", "-.")[same % 4]
+        styles[method] = "--" if method.endswith("_matched") else ("-", "--", ":", "-.")[same % 4]
     return styles
 
 

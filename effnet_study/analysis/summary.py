@@ -9,7 +9,7 @@ import pandas as pd
 from effnet_study.analysis.claims import AXES, verdict_lines
 from effnet_study.analysis.figures import draw_ablation
 from effnet_study.analysis.recipes import ablation, load_pilots, mistakes
-from effnet_study.analysis.tables import changes_in_words, finished_runs, kind_of
+from effnet_study.analysis.tables import changes_in_words, contrasts, finished_runs, kind_of, study_runs, table7
 from effnet_study.coefficients import describe_search, load_coefficients, searched_coefficients
 from effnet_study.files import RESULTS, in_markdown, replace_file, save_figure, save_table
 from effnet_study.methods import spoken
@@ -57,56 +57,40 @@ def describe_run(profile: Profile, record: Mapping) -> str:
     )
 
 
-def write_page(
-    profile: Profile,
-    runs: pd.DataFrame,
-    table7: pd.DataFrame,
-    contrasts: pd.DataFrame,
-    found: Mapping,
-    results: str | Path | None = None,
-) -> None:
-    """Write README.md for the results folder of a profile, and the tables that 05_analysis does not show: common
-    mistakes, pilots and, for a profile that changes a recipe, what the change does. found: of `verdict`."""
-    study_dir, done = Path(results or RESULTS) / profile.name, runs[runs["status"] == "finished"]
-    save_table(mistakes(profile, done, contrasts), study_dir / "tables" / "mistakes.csv")
+def write_page(profile: Profile, found: Mapping, results: str | Path | None = None) -> None:
+    """Write README.md for the results folder of a profile: what was run, on what, what came out, how to repeat it. With
+    it write the tables that 05_analysis does not show: mistakes, pilots, ablation. found: of `verdict`."""
+    study_dir, (runs, done) = Path(results or RESULTS) / profile.name, study_runs(profile, results)
+    save_table(mistakes(profile, done, contrasts(profile, runs)), study_dir / "tables" / "mistakes.csv")
     if len(pilots := load_pilots(profile, results)):
         save_table(pilots, study_dir / "tables" / "pilots.csv")
-    ablated = pd.DataFrame()
-    if kind_of(profile) == "ablation":
-        for path in (study_dir / "tables" / "ablation.csv", *(study_dir / "figures").glob("ablation.*")):
-            path.unlink(missing_ok=True)
-        ablated = ablation(profile, results)
-    if len(ablated):
-        save_table(ablated, study_dir / "tables" / "ablation.csv")
-        whole = finished_runs(profile.parent, results)
-        fig = draw_ablation(profile, changes_in_words(profile), ablated["what"], whole, done)
-        save_figure(fig, study_dir / "figures" / "ablation")
-        plt.close(fig)  # the notebook does not show it
-    replace_file(study_dir / "README.md", _page(profile, runs, table7, found, ablated, results))
-
-
-def _page(
-    profile: Profile,
-    runs: pd.DataFrame,
-    table7: pd.DataFrame,
-    found: Mapping,
-    ablated: pd.DataFrame,
-    results: str | Path | None = None,
-) -> str:
-    """Return README.md: what was run, on what, what came out, how to repeat it. ablated: of `ablation`."""
-    study_dir = Path(results or RESULTS) / profile.name
     sections = [f"# {in_markdown(profile.title)}", "", *_about(profile, runs), ""]
     if kind_of(profile) == "ablation":
-        sections += ["## What the change does", "", *ablation_lines(profile, ablated), ""]
+        table = ablation(profile, results)
+        _save_ablation(profile, table, done, results)
+        sections += ["## What the change does", "", *ablation_lines(profile, table), ""]
     sections += ["## Verdict" if profile.purpose == "evidence" else "## Contrasts", "", *verdict_lines(found), ""]
     sections += _pictures(study_dir, ["contrasts", "lengths"])
-    sections += ["## Table 7", "", _in_markdown(table7, IN_RESULTS, str), ""]
+    sections += ["## Table 7", "", _in_markdown(table7(profile, done), IN_RESULTS, str), ""]
     if searched_coefficients(profile, study_dir):
         sections += ["## Coefficient search", "", describe_search(load_coefficients(profile, study_dir)), ""]
     if unplanned := _unplanned(runs):
         sections += ["## Not as planned", "", *unplanned, ""]
     sections += _pictures(study_dir, FIGURES)
-    return "\n".join(sections).rstrip("\n") + "\n"
+    replace_file(study_dir / "README.md", "\n".join(sections).rstrip("\n") + "\n")
+
+
+def _save_ablation(profile: Profile, table: pd.DataFrame, done: pd.DataFrame, results: str | Path | None) -> None:
+    """Write table and figure of an ablation in place of the old ones."""
+    study_dir = Path(results or RESULTS) / profile.name
+    for path in (study_dir / "tables" / "ablation.csv", *(study_dir / "figures").glob("ablation.*")):
+        path.unlink(missing_ok=True)
+    if len(table):
+        save_table(table, study_dir / "tables" / "ablation.csv")
+        whole = finished_runs(profile.parent, results)
+        fig = draw_ablation(profile, changes_in_words(profile), table["what"], whole, done)
+        save_figure(fig, study_dir / "figures" / "ablation")
+        plt.close(fig)  # the notebook does not show it
 
 
 def _about(profile: Profile, runs: pd.DataFrame) -> list[str]:
@@ -181,7 +165,7 @@ def _in_markdown(rows: pd.DataFrame, columns: Mapping, name: Callable[[str], str
     values["minutes"], values["million_flops"] = rows["seconds"] / 60, rows["flops"] / 1e6
     scaled, baseline = rows["method"] != "baseline", rows[rows["method"] == "baseline"]
     for score, gain in (("top1", "gain"), ("paper_top1", "paper_gain")):
-        values[gain] = (rows[score] - baseline[score].max()).where(scaled)
+        values[gain] = (rows[score] - baseline[score].max()).where(scaled)  # NaN without a baseline
     texts = pd.DataFrame()
     for title, (column, form) in columns.items():
         texts[title] = [form.format(value) if pd.notna(value) else "" for value in values[column]]

@@ -95,9 +95,8 @@ def describe(study: Study) -> dict:
         "search": None,
     }
     if not study.finished.empty:
-        record = read_record(study.finished["run_dir"].iloc[0])
-        facts["record"] = {name: record[name] for name in ("dataset", "config", "data", "versions")}
-        facts["record"]["commits"] = sorted({str(commit)[:10] for commit in study.finished["commit"]})
+        commits = sorted({str(commit)[:10] for commit in study.finished["commit"]})
+        facts["record"] = read_record(study.finished["run_dir"].iloc[0]) | {"commits": commits}
         facts["devices"] = sorted(study.finished["device"].unique())
         facts["hours"] = float(study.finished["seconds"].sum() / 3600)
     if study.has(COEFFICIENTS):
