@@ -60,7 +60,8 @@ def describe_run(profile: Profile, record: Mapping) -> str:
 def write_page(profile: Profile, found: Mapping, results: str | Path | None = None) -> None:
     """Write README.md for the results folder of a profile: what was run, on what, what came out, how to repeat it. With
     it write the tables that 05_analysis does not show: mistakes, pilots, ablation. found: of `verdict`."""
-    study_dir, (runs, done) = Path(results or RESULTS) / profile.name, study_runs(profile, results)
+    study_dir = Path(results or RESULTS) / profile.name
+    runs, done = study_runs(profile, results)
     save_table(mistakes(profile, done, contrasts(profile, runs)), study_dir / "tables" / "mistakes.csv")
     if len(pilots := load_pilots(profile, results)):
         save_table(pilots, study_dir / "tables" / "pilots.csv")

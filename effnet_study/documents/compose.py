@@ -38,6 +38,7 @@ from effnet_study.record import read_record
 DEFAULT = "pocket"  # the study that the committed documents are about
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # the fonts of the figures: typst has no sans-serif font
 BEGIN, END = "<!-- results: made by make report -->", "<!-- results: end -->"
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def make_figures(study: Study) -> dict[str, str]:
@@ -186,6 +187,7 @@ def write_all(study: Study, output: Path) -> list[str]:
     return [*lines, "report/index.html", "report/scale.md", "README.md"]
 
 
+@app.command()
 def main(
     study: Annotated[str, typer.Argument()] = DEFAULT,
     results: Path = RESULTS,
@@ -211,4 +213,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
