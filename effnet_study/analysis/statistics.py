@@ -101,7 +101,7 @@ def contrast_rows(
 def claim_outcome(words: Sequence[str], seeds: int, complete: bool) -> str:
     """Return the outcome of "the target beats each other": reproduced, contradicted or inconclusive.
 
-    words: of all its contrasts. seeds: the fewest of any. complete: whether all planned runs have ended, failed ones too.
+    words: of all its contrasts. seeds: the fewest of any. complete: whether all planned runs have ended (or failed).
     """
     if not words or seeds < SEEDS_TO_DECIDE or not complete:
         return "inconclusive"
