@@ -63,9 +63,9 @@ def test_an_ablation_says_what_its_change_does_to_each_method_and_to_its_lead(ch
         for run in plan_runs(one, tmp_path, scores):
             top1 = scores[run.method][run.seed]
             write_record(run, top1=top1, test_raw={"top1": top1 - less})
-    change, table = ablation(profile, tmp_path)
-    assert change == "final_lr_fraction 0 to 0.5"
-    lines = ablation_lines(profile, change, table)
+    table = ablation(profile, tmp_path)
+    assert (table["change"] == "final_lr_fraction 0 to 0.5").all() and (table["purpose"] == "check").all()
+    lines = ablation_lines(profile, table)
     assert lines[0] == "Changed in comparison with [Tiny](../tiny/README.md): final_lr_fraction 0 to 0.5."
     assert lines[2].startswith(
         "- baseline, moving average: 51.00 as it is, 40.50 changed: -10.50 points (95 % interval"
@@ -79,7 +79,7 @@ def test_an_ablation_says_what_its_change_does_to_each_method_and_to_its_lead(ch
     assert (table["low"][0], table["high"][0]) == (pytest.approx(low), pytest.approx(high))
 
 
-def test_a_baseline_that_is_not_treated_otherwise_stays_as_it_is(changed, tmp_path):
+def test_an_ablation_without_the_baseline_has_no_leads(changed, tmp_path):
     whole, path = study.load_profile(changed[0]), changed[0].with_name("unequal.yaml")
     path.write_text("title: Unequal\nextends: tiny.yaml\nmethods: [compound]\ntrain: {dropout: 0.4}\n")
     profile = study.load_profile(path)
@@ -87,13 +87,9 @@ def test_a_baseline_that_is_not_treated_otherwise_stays_as_it_is(changed, tmp_pa
     for one, less in ((whole, 0), (profile, 5)):
         for run in plan_runs(one, tmp_path, set(scores) & set(one.methods)):
             write_record(run, top1=scores[run.method][run.seed] - less)
-    change, table = ablation(profile, tmp_path)
-    assert change == "dropout 0.2 to 0.4 of compound alone"
-    table = table.query("weights == 'moving average'").set_index("what")
-    assert table["as_it_is"].to_dict() == {"compound": 61.5, "compound - baseline": 10.5}
-    assert table["changed"].to_dict() == {"compound": 56.5, "compound - baseline": 5.5}
-    alone, lead = (table.loc[what, ["difference", "low", "high"]].tolist() for what in table.index)
-    assert alone == lead and lead[0] == -5  # the baseline's seeds add nothing to its interval
+    table = ablation(profile, tmp_path).query("weights == 'moving average'")
+    assert table["what"].tolist() == ["compound"] and table["change"].tolist() == ["dropout 0.2 to 0.4"]
+    assert table[["as_it_is", "changed", "difference"]].iloc[0].tolist() == [61.5, 56.5, -5]
 
 
 def test_what_extends_evidence_is_exploratory(profile_file, monkeypatch):
@@ -113,17 +109,17 @@ def test_only_seeds_that_have_finished_in_both_are_compared(changed, tmp_path):
     first, other, *_ = plan_runs(profile, tmp_path)
     write_record(first, top1=50.0)  # no change at all, whatever the parent's other seed
     write_record(other, top1=50.0)
-    _, table = ablation(profile, tmp_path)
+    table = ablation(profile, tmp_path)
     assert table["all_seeds_as_it_is"].tolist()[:3] == [60.0, 60.0, 0.0]  # the parent's other seed counts here
     assert (table["difference"] == 0)[:3].all() and (table["n"] == 1).all() and table["low"].isna().all()
 
 
 def test_an_ablation_without_its_counterpart_compares_nothing(changed, tmp_path):
     profile = study.load_profile(changed[1])
-    change, table = ablation(profile, tmp_path)
-    assert table.empty and "no seed is finished both here and in tiny" in ablation_lines(profile, change, table)[0]
+    table = ablation(profile, tmp_path)
+    assert table.empty and "no seed is finished both here and in tiny" in ablation_lines(profile, table)[0]
     write_record(plan_runs(profile, tmp_path)[0])
-    assert ablation(profile, tmp_path)[1].empty
+    assert ablation(profile, tmp_path).empty
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

@@ -346,9 +346,7 @@ def test_classes_and_calibration_are_means_over_seeds(profile_file, tmp_path):
     assert table["ece_high"].tolist() == pytest.approx([25 + 12.7062 * 20, 50 + 12.7062 * 20], rel=1e-5)
     assert curves["baseline"].empty  # no bin has ten images
     (plan_runs(profile, tmp_path)[-1].run_dir / "test_predictions.npz").unlink()
-    assert tables.load_answers(done) == {}  # the baseline alone has nothing to be compared with
-    alone = done[done["method"] == "baseline"]
-    assert list(tables.load_answers(alone)) == ["baseline"]
+    assert list(tables.load_answers(done)) == ["baseline"]
     assert tables.per_class({"depth": answers["depth"]}, done).empty
 
 
@@ -408,15 +406,20 @@ def test_mistakes_are_measured_on_these_runs(changeable):
     assert params[0] < params[1]
 
 
+def page_of(profile, results):
+    """README.md of a profile's results."""
+    runs, _ = tables.study_runs(profile, results)
+    summary.write_page(profile, verdict(profile, runs, tables.contrasts(profile, runs)), results)
+    return (results / profile.name / "README.md").read_text()
+
+
 def test_the_page_says_what_ran_and_what_came_out(changeable):
     whole, results = changeable
     profile = load_profile(whole)
-    runs, done = tables.study_runs(profile, results)
-    found = verdict(profile, runs, tables.contrasts(profile, runs))
     (results / "tiny" / "figures").mkdir()
     (results / "tiny" / "figures" / "lengths.png").touch()
-    page = summary.page(profile, runs, tables.table7(profile, done), found, results=results)
-    page = re.sub(" +", " ", page)  # tables are padded
+    page = re.sub(" +", " ", page_of(profile, results))  # tables are padded
+    assert {path.name for path in (results / "tiny" / "tables").iterdir()} == {"mistakes.csv"}  # no pilot, no ablation
     assert page.startswith("# Tiny\n") and "pipeline check, not evidence" in page and "35 of 35 planned" in page
     assert "## Contrasts" in page and "Verdict" not in page and "![lengths](figures/lengths.png)" in page
     assert "![figure8]" not in page and "Not as planned" not in page
@@ -427,8 +430,7 @@ def test_the_page_says_what_ran_and_what_came_out(changeable):
     (last.run_dir / "run.json").unlink()
     split = plan_runs(short, results, ["depth_matched"], [1])[0]
     write_record(split, 64.5, micro_batch=10, seconds=7200.0, ended="2026-01-04T04:04:05+00:00", **split.about)
-    runs, done = tables.study_runs(short, results)
-    page = summary.page(short, runs, tables.table7(short, done), {"claims": []}, results=results)
+    page = page_of(short, results)
     assert "It extends [Tiny](../tiny/README.md) (epochs 4 to 2) and decides no claim by itself" in page
     assert (
         "## Not as planned\n\n- baseline, seed 0: failed\n- baseline, seed 2: missing\n- depth_matched, seed 1: "
@@ -437,6 +439,21 @@ def test_the_page_says_what_ran_and_what_came_out(changeable):
     assert "2.0 hours of computing within 49.0 hours,\n  2026-01-02 03:04 to 2026-01-04 04:04 UTC" in page
     assert "so batch norm saw 10 images at a time instead of 20\n" in page and "13 of 15 planned" in page
     assert "all 15 runs take about 2.04 core-hours: 0.509 hours on 4 cores and 0.254 hours on 8 cores" in page
+
+
+def test_the_page_of_an_ablation_has_its_table_and_figure(changeable):
+    whole, results = changeable
+    hot = load_profile(whole.with_name("hot.yaml"))
+    page, folder = page_of(hot, results), results / "hot"
+    assert "## What the change does" in page and "![ablation](figures/ablation.png)" in page
+    assert "- baseline, moving average: 69.95 as it is, 68.95 changed: -1.00 points (95 % interval" in page
+    table = pd.read_csv(folder / "tables" / "ablation.csv")
+    assert table["what"].tolist() == ["baseline"] * 2 and (table["change"] == "lr 0.05 to 0.1").all()
+    for run in plan_runs(load_profile(whole), results, ["baseline"]):
+        (run.run_dir / "run.json").unlink()
+    page = page_of(hot, results)  # what is no longer so does not stay
+    assert "There is nothing to compare" in page and "![ablation]" not in page
+    assert not (folder / "tables" / "ablation.csv").exists()
 
 
 def test_a_run_is_described_by_its_record(profile_file, tmp_path):

@@ -14,12 +14,12 @@ from effnet_study.methods import color, figure8_lines, scaled_cost
 from effnet_study.profile import load_profile
 
 POINTS = {
-    "baseline": (1000, [70, 71]),
-    "depth": (3200, [74, 76]),
-    "depth_matched": (4100, [75]),
-    "depth_x2": (1900, [72]),
+    "baseline": (1_000_000, [70, 71]),
+    "depth": (3_200_000, [74, 76]),
+    "depth_matched": (4_100_000, [75]),
+    "depth_x2": (1_900_000, [72]),
+    "fast_compound": (4_000_000, [77, 78, 79]),
 }
-POINTS |= {"fast_compound": (4000, [77, 78, 79])}
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_figure_8_joins_each_way_of_scaling_from_the_baseline_in_the_order_of_co
     lines = figure8_lines({method: flops for method, (flops, _) in POINTS.items()})
     assert lines == [["baseline", "depth_x2", "depth", "depth_matched"], ["baseline", "fast_compound"]]
     ax = plt.figure().add_subplot()
-    figures.draw_against_cost(ax, POINTS, 1e3)
+    figures.draw_against_cost(ax, POINTS, "million")
     joined = [line.get_xydata().tolist() for line in ax.lines if line.get_marker() == "None"]
     apart = 1.025**0.5  # the two ways of scaling, the cheaper one to the left
     assert joined[0] == [[1, 70.5], pytest.approx([4 / apart, 78])]
@@ -72,13 +72,24 @@ def test_figure_8_joins_each_way_of_scaling_from_the_baseline_in_the_order_of_co
     )
     half = 4.302653 / 3**0.5  # of the three seeds 77, 78, 79
     assert [top1 for _, top1 in joined[-1]] == pytest.approx([78 - half, 78 + half], abs=1e-5)
-    assert [top1 for _, top1 in dots(ax)[-3:]] == [77, 78, 79] and [top1 for _, top1 in dots(ax, "_")[:2]] == [70.5, 75]
+    assert [top1 for _, top1 in dots(ax)[-3:]] == [77, 78, 79] and [top1 for _, top1 in dots(ax, "_")] == [70.5, 75, 78]
     assert words(ax) == {"baseline", "depth", "depth matched", "fast compound"}  # of depth's budgets the last one only
+
+
+def test_a_single_seed_is_a_hollow_dot_without_a_mean_and_the_axis_says_so():
+    several, ax = plt.figure().subplots(1, 2)
+    figures.draw_against_cost(ax, POINTS, "million")
+    hollow = [line.get_ydata().tolist() for line in ax.lines if line.get_markerfacecolor() == "white"]
+    assert hollow == [[75], [72]] and len(dots(ax, "_")) == 3
+    assert ax.get_xlabel() == "FLOPs (million multiply-adds); hollow: one seed"
+    figures.draw_against_cost(several, {method: POINTS[method] for method in ("baseline", "depth")}, "million")
+    assert several.get_xlabel() == "FLOPs (million multiply-adds)"
+    assert "white" not in [line.get_markerfacecolor() for line in several.lines]
 
 
 def test_figure_8_is_drawn_without_a_baseline():
     ax = plt.figure().add_subplot()
-    figures.draw_against_cost(ax, {"depth_x2": (2, [70.0]), "compound_x2": (2, [71.0])}, 1)
+    figures.draw_against_cost(ax, {"depth_x2": (2e6, [70.0]), "compound_x2": (2e6, [71.0])}, "million")
     assert words(ax) == {"depth x2", "compound x2"}
 
 
@@ -99,15 +110,12 @@ def test_figure_8_stands_beside_the_papers_and_matched_networks_in_a_figure_of_t
     assert dots(left) == [(2, 70)] and [top1 for _, top1 in dots(right)[:2]] == [77.3, 79.0]
     (ax,) = figures.draw_matched(profile, points | {"depth": (9e6, [72]), "compound": (4e6, [73])}, done).axes
     assert [top1 for _, top1 in dots(ax)] == [70, 71, 73]
-    hollow = [line.get_markerfacecolor() for line in ax.lines if line.get_marker() == "o"]
-    assert [face == "white" for face in hollow] == [False, True, False]
 
 
 def test_methods_of_one_colour_have_dashes_of_their_own():
-    methods = ["depth", "depth_matched", "depth_x4", "depth_x2", "compound_x2"]
-    table = pd.DataFrame({"method": methods, "flops": [4, 4, 3, 2, 2]})
-    styles = figures.line_styles(table)
-    assert styles == {"depth_matched": "--", "depth_x2": "-", "depth_x4": "--", "compound_x2": "-"}
+    styles = figures.line_styles(["depth", "depth_matched", "depth_x2", "compound_x2", "compound_phi3.0"])
+    assert styles == {"depth": "-", "depth_matched": "--", "depth_x2": ":", "compound_x2": "-", "compound_phi3.0": "--"}
+    assert figures.line_styles(["depth_matched"]) == {"depth_matched": "--"}
 
 
 def test_curves_are_means_over_seeds_with_a_panel_for_each_way_of_scaling(profile, tmp_path):
@@ -194,9 +202,8 @@ def test_the_classes_that_gain_and_lose_most_are_named(profile):
 
 def test_calibration_is_drawn_as_accuracy_by_confidence(profile):
     curve = pd.DataFrame({"confidence": [20.0, 80], "accuracy": [10.0, 60]})
-    table = pd.DataFrame({"method": ["depth_matched"], "flops": [1]})
-    (ax,) = figures.draw_calibration(profile, table, {"depth_matched": curve}).axes
-    assert ax.lines[1].get_xydata().tolist() == [[20, 10], [80, 60]] and ax.lines[1].get_linestyle() == "--"
+    (ax,) = figures.draw_calibration(profile, {"depth": curve, "depth_matched": curve}).axes
+    assert ax.lines[2].get_xydata().tolist() == [[20, 10], [80, 60]] and ax.lines[2].get_linestyle() == "--"
     assert ax.lines[0].get_xydata().tolist() == [[0, 0], [100, 100]]
 
 

@@ -23,9 +23,6 @@ OPERATIONS = {  # part of an MBConv block: what it does, and its colour
 }
 
 
-# ---- 1. Reading ----------------------------------------------------------------------------------------------------
-
-
 def read_parts(scaling: Scaling) -> pd.DataFrame:
     """Return stem, stages and head of a scaled network, a row each, with the shapes of a forward pass at base
     resolution 224: operator, layers, pixels, channels, stride."""
@@ -52,9 +49,6 @@ def read_block(block: MBConv, shape: tuple[int, int, int]) -> pd.DataFrame:
         x = part(x)
         rows.append((name, text.format(kernel), tuple(x.shape[1:]), sum(p.numel() for p in part.parameters())))
     return pd.DataFrame(rows, columns=["part", "operation", "output (C, H, W)", "parameters"])
-
-
-# ---- 2. Networks and blocks ----------------------------------------------------------------------------------------
 
 
 def draw_network(ax, scaling: Scaling, labels: bool = True) -> None:
@@ -145,16 +139,14 @@ def draw_gates(images: Sequence[Tensor], maps: Tensor, gates: Tensor, source: st
 
 def worth_of_surplus(costs: pd.DataFrame) -> pd.DataFrame:
     """Return for each single axis of the paper's Table 7: points of top-1 for each doubling of FLOPs; what compound's
-    surplus of FLOPs is worth at this slope, and at compound's own; compound's lead.
-
-    costs: columns method, flops, compound_extra_percent."""
-    costs, top1 = costs.set_index("method"), pd.Series({name: score for name, (_, score) in PAPER_TABLE7.items()})
-    slopes = (top1 - top1["baseline"]) / np.log2(costs["flops"] / costs["flops"]["baseline"])
-    axes = ["depth", "width", "resolution"]
-    doublings = np.log2(1 + costs["compound_extra_percent"][axes] / 100)
-    columns = {"points per doubling": slopes[axes], "surplus is worth": slopes[axes] * doublings}
-    columns |= {"at compound's slope": slopes["compound"] * doublings, "compound's lead": top1["compound"] - top1[axes]}
-    return pd.DataFrame(columns)
+    surplus of FLOPs is worth at this slope, and at compound's own; compound's lead. costs: columns method, flops."""
+    doublings = np.log2(costs.set_index("method")["flops"])
+    top1 = pd.Series({method: score for method, (_, score) in PAPER_TABLE7.items()})
+    slopes = (top1 - top1["baseline"]) / (doublings - doublings["baseline"])
+    surplus, lead = doublings["compound"] - doublings, top1["compound"] - top1
+    columns = {"points per doubling": slopes, "surplus is worth": slopes * surplus}
+    columns |= {"at compound's slope": slopes["compound"] * surplus, "compound's lead": lead}
+    return pd.DataFrame(columns).loc[["depth", "width", "resolution"]]
 
 
 def draw_flops_mismatch(table: pd.DataFrame):
@@ -175,9 +167,6 @@ def draw_flops_mismatch(table: pd.DataFrame):
     ax.set(xlabel="FLOPs (billion multiply-adds). Filled: exact, as published. Bar: as printed. Open: matched")
     ax.set_title("The published coefficients of Table 7 are not equal in FLOPs")
     return fig
-
-
-# ---- 3. Explorer ---------------------------------------------------------------------------------------------------
 
 
 def explore(depth: float, width: float, resolution: float) -> None:

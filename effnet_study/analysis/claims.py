@@ -15,9 +15,6 @@ AXES = ("depth", "width", "resolution")
 MATCHED = tuple(("compound", f"{axis}_matched") for axis in AXES)  # the headline's contrasts
 
 
-# ---- 1. Claims as data ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Claim:
     """A statement about methods, and the contrasts (target, other) that it needs."""
@@ -33,30 +30,28 @@ def planned_claims(methods: Iterable[str]) -> list[Claim]:
     """Return the claims that these methods can say something about, the headline first."""
     methods = set(methods)
     times = sorted({m.rpartition("_x")[2] for m in methods if parse_method(m).times}, key=float)
-    budgets = [(f"x{n}", f"at about {n} times the baseline's FLOPs") for n in times]
     compound = "compound scaling beats each single axis"
     searched = "compound scaling with searched coefficients beats each single axis"
     fast = "fast compound scaling compared with compound scaling at matched FLOPs"
     better = "the searched coefficients beat the published ones"
+    about = "at about {} times the baseline's FLOPs"
     claims = [
         Claim("compound_matched", f"{compound} at matched FLOPs", MATCHED, "matched"),
         Claim("compound_published", f"{compound} at the published coefficients", _against("compound"), "published"),
-        *(Claim(f"compound_{x}", f"{compound} {words}", _against("compound", f"_{x}"), x) for x, words in budgets),
+        *(Claim(f"compound_x{n}", f"{compound} {about.format(n)}", _against("compound", n), f"x{n}") for n in times),
         Claim("fast_compound", fast, (("fast_compound", "compound"),), decides=False),
         Claim("axes_help", "each single axis improves on the baseline", tuple((axis, "baseline") for axis in AXES)),
         Claim("searched", searched, _against("compound_searched")),
-        *(
-            Claim(f"searched_{x}", f"{searched} {words}", _against("compound_searched", f"_{x}"))
-            for x, words in budgets
-        ),
+        *(Claim(f"searched_x{n}", f"{searched} {about.format(n)}", _against("compound_searched", n)) for n in times),
         Claim("searched_vs_published", better, (("compound_searched", "compound"),)),
     ]
     return [claim for claim in claims if any(set(pair) <= methods for pair in claim.pairs)]
 
 
-def _against(target: str, suffix: str = "") -> tuple[tuple[str, str], ...]:
-    """Return the contrasts of a target with the three axes, all of one budget."""
-    return tuple((target + suffix, axis + suffix) for axis in AXES)
+def _against(target: str, times: str | None = None) -> tuple[tuple[str, str], ...]:
+    """Return the contrasts of a target with the three axes, at so many times the baseline's FLOPs."""
+    end = f"_x{times}" if times else ""
+    return tuple((target + end, axis + end) for axis in AXES)
 
 
 def verdict(profile: Profile, runs: pd.DataFrame, table: pd.DataFrame, searched: Sequence[float] | None = None) -> dict:
@@ -73,7 +68,7 @@ def verdict(profile: Profile, runs: pd.DataFrame, table: pd.DataFrame, searched:
         if rows.empty:
             continue
         methods = {method for pair in claim.pairs for method in pair}
-        complete = methods <= set(profile.methods) and not methods & still_open
+        complete = methods <= set(profile.methods) - still_open
         seeds = int(rows["n"].min()) if len(rows) == len(claim.pairs) else 0
         outcome = None
         if profile.purpose == "evidence" and profile.parent is None and claim.decides:
@@ -88,21 +83,18 @@ def verdict(profile: Profile, runs: pd.DataFrame, table: pd.DataFrame, searched:
     return head | {"confidence": CONFIDENCE, "margin": MARGIN, "claims": claims}
 
 
-# ---- 2. Claims in English ------------------------------------------------------------------------------------------
-
-
 def sentence(row) -> str:
     """Say one row of `tables.contrasts` (a named tuple) in words."""
     target, other = spoken(row.target), spoken(row.other)
     if row.outcome == SAME:
         return f"{target} and {other} are by rounding the same network: nothing is compared"
-    percent = abs(100 * (row.flops_ratio - 1))
-    cost = f"{percent:.{0 if percent >= 1 else 2}f} % {'more' if row.flops_ratio > 1 else 'fewer'} FLOPs"
-    cost = "as many FLOPs" if row.flops_ratio == 1 else cost
-    place = f"{abs(row.difference):.2f} points {'higher' if row.difference > 0 else 'lower'} than"
-    place = "level with" if row.difference == 0 else place
+    cost, percent = "as many FLOPs", abs(100 * (row.flops_ratio - 1))
+    if percent > 0:
+        cost = f"{percent:.{0 if percent >= 1 else 2}f} % {'more' if row.flops_ratio > 1 else 'fewer'} FLOPs"
+    place = "higher" if row.difference > 0 else "lower"
     interval = f"n = {row.n}, {100 * row.confidence:.3g} % interval {row.low:+.2f} to {row.high:+.2f}"
-    words = f"{target} is {place} {other}, with {cost}: {row.outcome} ({interval if row.n > 1 else 'one seed'})"
+    words = f"{target} is {abs(row.difference):.2f} points {place} than {other}, with {cost}: {row.outcome} "
+    words += f"({interval if row.n > 1 else 'one seed'})"
     if isinstance(row.same_as, str):
         words += f". After rounding, these are the same two networks as {spoken(row.same_as)}, compared once"
     if not math.isnan(row.paper_difference):

@@ -1,10 +1,8 @@
-"""The figures of the notebooks. Each function draws from tables and returns a matplotlib figure.
+"""The figures of the notebooks, drawn from tables. Dots are seeds, a tick is their mean, a bar its 95 % interval.
 
 TO ADD A FIGURE, write a function here, and a cell in notebooks/05_analysis.ipynb that calls it and saves the figure as
 folder / "figures" / "NAME"; the cell's metadata needs "alt", its text for people who do not see it. Then name it in
 FIGURES of summary.py for the results' README.md, in FIGURES of documents/page.py for the page, in report/report.typ.
-
-Every method has its colour (methods.COLORS). Dots are seeds, a tick is their mean, a bar its 95 % interval.
 """
 
 import math
@@ -13,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.patches import Polygon
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from effnet_study.analysis.statistics import MARGIN, t_interval
@@ -22,10 +21,8 @@ from effnet_study.profile import Profile
 from effnet_study.run import Run
 
 GREY, PALE = "#999999", "#e6e6e6"
+UNITS = {"million": 1e6, "billion": 1e9}
 CORNERS = {"depth": (0, 0), "width": (1, 0), "resolution": (0.5, math.sqrt(3) / 2)}  # of the search's triangle
-
-
-# ---- 1. Parts of figures -------------------------------------------------------------------------------------------
 
 
 def label_ends(ax, points: Sequence[tuple[float, float, str]]) -> None:
@@ -42,13 +39,14 @@ def label_ends(ax, points: Sequence[tuple[float, float, str]]) -> None:
             ax.annotate(spoken(method), (x, y), (column, last), **style)
 
 
-def draw_against_cost(ax, points: Mapping[str, tuple[float, Sequence[float]]], unit: float) -> None:
-    """Draw (cost, top-1 over seeds) of methods: a dot per seed, a tick at the mean, a bar for the 95 % interval, a line
-    for each way of scaling. What is matched is hollow. The x axis is logarithmic, in `unit`s of cost; ways of scaling
-    stand 2.5 % apart on it, in the order of their cost, so that bars of one budget do not cover each other."""
-    lines = figure8_lines({method: cost for method, (cost, _) in points.items()})
+def draw_against_cost(ax, points: Mapping[str, tuple[float, Sequence[float]]], unit: str) -> None:
+    """Draw (FLOPs, top-1 over seeds) of methods: a dot per seed, a tick at the mean, a bar for the 95 % interval, a
+    line for each way of scaling. A single seed is a hollow dot alone, so that it does not look sure. The x axis is
+    logarithmic, in millions or billions of FLOPs; ways of scaling stand 2.5 % apart on it, in the order of their cost,
+    so that bars of one budget do not cover each other."""
+    lines = figure8_lines({method: flops for method, (flops, _) in points.items()})
     lines.sort(key=lambda line: points[line[-1]][0])
-    places = {method: cost / unit for method, (cost, _) in points.items()}
+    places = {method: flops / UNITS[unit] for method, (flops, _) in points.items()}
     for i, line in enumerate(lines):
         places |= {m: places[m] * 1.025 ** (i - (len(lines) - 1) / 2) for m in line if m != "baseline"}
     means = {method: t_interval(scores) for method, (_, scores) in points.items()}
@@ -56,30 +54,33 @@ def draw_against_cost(ax, points: Mapping[str, tuple[float, Sequence[float]]], u
         ax.plot([places[m] for m in line], [means[m][0] for m in line], color=color(line[-1]), lw=1, alpha=0.6)
     # Only the last budget of each line gets a label
     unnamed, ends = {method for line in lines for method in line[:-1] if parse_method(method).times}, []
+    single = [method for method, (_, scores) in points.items() if len(scores) == 1]
     for method, (mean, low, high) in means.items():
         x, scores, shade = places[method], points[method][1], color(method)
-        ax.plot([x, x], [low, high], color=shade)
-        face = {"mfc": "white"} if method.endswith("_matched") else {"alpha": 0.5, "mew": 0}
-        ax.plot([x] * len(scores), scores, "o", color=shade, **face)
-        ax.plot(x, mean, "_", color=shade, ms=12, mew=2)
-        below = method == "baseline" and len(scores) > 1  # its label goes below its bar
+        if method in single:
+            ax.plot(x, mean, "o", color=shade, mfc="white")
+        else:
+            ax.plot([x, x], [low, high], color=shade)
+            ax.plot([x] * len(scores), scores, "o", color=shade, alpha=0.5, mew=0)
+            ax.plot(x, mean, "_", color=shade, ms=12, mew=2)
         if method not in unnamed:
+            below = method == "baseline" and method not in single  # its label goes below its bar
             ends.append((x, low if below else mean, method))
     least, most = min(places.values()), max(places.values())
-    ax.set_xscale("log")
-    ax.set_xlim(least * 0.75, most * (1.3 * most / least) ** 0.4)
+    ax.set(xscale="log", xlim=(least * 0.75, most * (1.3 * most / least) ** 0.4))
+    ax.set_xlabel(f"FLOPs ({unit} multiply-adds){'; hollow: one seed' if single else ''}")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
     label_ends(ax, ends)
 
 
-def line_styles(table: pd.DataFrame) -> dict[str, str]:
-    """Return the dashes of the methods of Table 7 that share their colour with another one."""
-    styles = {method: "--" for method in table["method"] if method.endswith("_matched")}
-    budgets = {row.method: row.flops for row in table.itertuples() if parse_method(row.method).times}
-    for line in figure8_lines(budgets):
-        styles |= zip(line, ("-", "--", ":", "-.") * len(line), strict=False)
+def line_styles(methods: Iterable[str]) -> dict[str, str]:
+    """Return dashes with which methods of one colour differ. What is matched is always dashed."""
+    styles = {}
+    for method in methods:
+        same = sum(color(other) == color(method) for other in styles)
+        styles[method] = "--" if method.endswith("_matched") else ("-", "--", ":", "-.")[same % 4]
     return styles
 
 
@@ -99,27 +100,25 @@ def _heading(profile: Profile, done: pd.DataFrame) -> str:
     return f"{drawn(done['data'].iloc[0], 80)}, base {profile.base_resolution} px\n{profile.stamp}"
 
 
-# ---- 2. Runs: Table 7, Figure 8, learning curves -------------------------------------------------------------------
-
-
 def draw_figure8(profile: Profile, points: Mapping[str, tuple[float, Sequence[float]]], done: pd.DataFrame):
     """Draw Figure 8, ours beside the paper's. points: of `tables.figure8_points`; those that are matched are left to
     `draw_matched`."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
-    draw_against_cost(left, {m: point for m, point in points.items() if not m.endswith("_matched")}, 1e6)
-    left.set(xlabel="FLOPs (million multiply-adds)", ylabel="test top-1 (%)", title=_heading(profile, done))
-    draw_against_cost(right, {method: (flops, [top1]) for method, (flops, top1) in PAPER_TABLE7.items()}, 1e9)
-    right.set(xlabel="FLOPs (billion multiply-adds)", ylabel="ImageNet top-1 (%)")
-    right.set_title("The paper's Table 7\nas published, one network each")
+    unmatched = {method: point for method, point in points.items() if not method.endswith("_matched")}
+    draw_against_cost(left, unmatched, "million")
+    left.set(ylabel="test top-1 (%)", title=_heading(profile, done))
+    paper = {method: (flops, [top1]) for method, (flops, top1) in PAPER_TABLE7.items()}
+    draw_against_cost(right, paper, "billion")
+    right.set(ylabel="ImageNet top-1 (%)", title="The paper's Table 7\nas published, one network each")
     return fig
 
 
 def draw_matched(profile: Profile, points: Mapping[str, tuple[float, Sequence[float]]], done: pd.DataFrame):
-    """Draw the networks at compound's FLOPs, hollow where they were matched. points: of `tables.figure8_points`."""
+    """Draw the networks at compound's FLOPs. points: of `tables.figure8_points`."""
     at_compound = {m: point for m, point in points.items() if m.endswith(("_matched", "baseline", "compound"))}
     fig, ax = plt.subplots(figsize=(5, 3.8))
-    draw_against_cost(ax, at_compound, 1e6)
-    ax.set(xlabel="FLOPs (million multiply-adds)", ylabel="test top-1 (%)", title=_heading(profile, done))
+    draw_against_cost(ax, at_compound, "million")
+    ax.set(ylabel="test top-1 (%)", title=_heading(profile, done))
     return fig
 
 
@@ -128,13 +127,13 @@ def draw_all_curves(profile: Profile, table: pd.DataFrame, done: pd.DataFrame):
     from the lowest to the highest seed. table: of `tables.table7`."""
     lines = figure8_lines(table.set_index("method")["flops"].to_dict()) or [["baseline"]]
     fig, axes = plt.subplots(1, len(lines), figsize=(1 + 2 * len(lines), 2.8), sharey=True, squeeze=False)
-    styles = line_styles(table)
+    styles = line_styles(table["method"])
     for ax, line in zip(axes[0], lines, strict=True):
         for method in line:
             runs = pd.concat(load_history(run_dir) for run_dir in done.loc[done["method"] == method, "run_dir"])
             top1 = runs.groupby("epoch")["minival_top1"].agg(["mean", "min", "max"])
             ax.fill_between(top1.index, top1["min"], top1["max"], color=color(method), alpha=0.2, lw=0)
-            style = {"color": color(method), "ls": styles.get(method, "-"), "marker": "." if len(top1) == 1 else None}
+            style = {"color": color(method), "ls": styles[method], "marker": "." if len(top1) == 1 else None}
             ax.plot(top1["mean"], label=spoken(method), **style)
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -158,14 +157,9 @@ def draw_learning_curves(*runs: Run):
     return fig
 
 
-# ---- 3. Single images --------------------------------------------------------------------------------------------
-
-
 def draw_activation_maps(images: Sequence[np.ndarray], truth: Sequence[str], maps: Mapping[str, tuple], title: str):
     """Draw Figure 7: a row for each image (H, W, 3) of class `truth`, then each method's map under its prediction.
-
-    maps: by method the maps (N, H, W) in [0, 1], and the names of the predicted classes (N,).
-    """
+    maps: by method the maps (N, H, W) in [0, 1], and the names of the predicted classes (N,)."""
     columns = len(maps) + 1
     fig, axes = plt.subplots(len(images), columns, figsize=(1.3 * columns, 1.5 * len(images)), squeeze=False)
     for ax, image, name in zip(axes[:, 0], images, truth, strict=True):
@@ -200,21 +194,17 @@ def draw_per_class(profile: Profile, table: pd.DataFrame):
     return fig
 
 
-def draw_calibration(profile: Profile, table: pd.DataFrame, curves: Mapping[str, pd.DataFrame]):
-    """Draw accuracy against confidence, a line for each method. table, curves: of `table7` and `calibration_table`."""
+def draw_calibration(profile: Profile, curves: Mapping[str, pd.DataFrame]):
+    """Draw accuracy against confidence, a line for each method. curves: of `calibration_table`."""
     fig, ax = plt.subplots(figsize=(4.6, 4))
     ax.plot([0, 100], [0, 100], color=GREY, lw=0.8, ls=":")
-    styles = line_styles(table)
-    for method, curve in curves.items():
-        style = {"color": color(method), "label": spoken(method), "ls": styles.get(method, "-")}
-        ax.plot(curve["confidence"], curve["accuracy"], marker=".", **style)
+    for method, dashes in line_styles(curves).items():
+        style = {"color": color(method), "label": spoken(method), "ls": dashes, "marker": "."}
+        ax.plot(curves[method]["confidence"], curves[method]["accuracy"], **style)
     ax.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
     ax.set_title(f"Reliability, mean over seeds\n{profile.stamp}")
     ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
     return fig
-
-
-# ---- 4. Contrasts, lengths, ablations, the search ------------------------------------------------------------------
 
 
 def draw_contrasts(profile: Profile, contrasts: pd.DataFrame, done: pd.DataFrame):
@@ -227,9 +217,10 @@ def draw_contrasts(profile: Profile, contrasts: pd.DataFrame, done: pd.DataFrame
     ax.axvspan(-MARGIN, MARGIN, color=PALE, lw=0)
     ax.axvline(0, color="black", lw=0.8)
     for y, row in zip(places, contrasts.itertuples(), strict=True):
-        ax.plot([row.low, row.high], [y, y], color=color(row.target))
-        ax.plot(row.difference, y, "o", color=color(row.target), ms=7)
-        ax.plot(row.paper_difference, y, "D", color=color(row.target), mfc="white")
+        shade = color(row.target)
+        ax.plot([row.low, row.high], [y, y], color=shade)
+        ax.plot(row.difference, y, "o", color=shade, ms=7)
+        ax.plot(row.paper_difference, y, "D", color=shade, mfc="white")
         ax.annotate(row.outcome, (1.02, y), xycoords=("axes fraction", "data"), va="center")
     ax.set_yticks(places, [f"{spoken(row.target)} - {spoken(row.other)}" for row in contrasts.itertuples()])
     ax.set(ylim=(places[-1] + 0.5, -0.5), xlabel="difference of test top-1 (points)")
@@ -245,8 +236,9 @@ def draw_lengths(profile: Profile, lengths: pd.DataFrame, contrasts: pd.DataFram
     right.axhline(0, color="black", lw=0.8)
     _draw_by_epochs(left, lengths, "method", "top1", 1.03)
     _draw_by_epochs(right, contrasts, "other", "difference", 1.06)
+    epochs = sorted(lengths["epochs"].unique())
     for ax in (left, right):
-        ax.set_xticks(sorted(lengths["epochs"].unique()), sorted(lengths["epochs"].unique()))
+        ax.set_xticks(epochs, epochs)
     left.set(ylabel="test top-1 (%)", title=f"{drawn(done['data'].iloc[0], 80)}\n{profile.stamp}")
     title = "compound minus each matched axis\nintervals of one length: 95 % together"
     right.set(ylabel="difference (points)", title=title)
@@ -275,35 +267,31 @@ def draw_ablation(profile: Profile, change: str, methods: Iterable[str], whole: 
 
 
 def draw_search(outcome: pd.DataFrame, title: str):
-    """Draw the candidates' minival top-1 on the constraint surface, a triangle whose corners are the single axes.
-    Candidates without a score are grey. outcome: of `tables.search_outcome`."""
-    from matplotlib.patches import Polygon
+    """Draw the candidates' minival top-1 on the constraint surface, a triangle whose corners are the single axes: each
+    lies at the mean of the corners, weighted by what each axis costs. Candidates without a score are grey.
 
+    outcome: of `tables.search_outcome`.
+    """
     fig, ax = plt.subplots(figsize=(5, 4.4))
     ax.add_patch(Polygon(list(CORNERS.values()), fill=False, ec=GREY, lw=0.8))
     for axis, (x, y) in CORNERS.items():
-        style = {"color": text_color(axis), "ha": "center", "va": "bottom" if y else "top"}
-        ax.annotate(f"{axis} alone", (x, y), (0, 22 if y else -22), textcoords="offset points", **style)
-    scored = outcome["status"] == "finished"
-    for row in outcome[outcome["same_as"].isna() & ~scored].itertuples():
-        ax.plot(*_place(row), "o", color="#bbbbbb", mfc="white", ms=5)
-    known = outcome[scored]
-    places = np.array([_place(row) for row in known.itertuples()])
-    dots = ax.scatter(*places.T, c=known["top1"], s=110, cmap="viridis", zorder=3, ec="black", lw=0.5)
-    for place, top1 in zip(places, known["top1"], strict=True):
-        ax.annotate(f"{top1:.1f}", place, (0, 8), textcoords="offset points", ha="center", fontsize=7)
-    best, style = known["top1"].idxmax(), {"ha": "center", "va": "top", "fontsize": 7, "fontweight": "bold"}
-    for row in outcome[outcome["published"] | (outcome.index == best)].itertuples():
-        text = ", ".join(["published"] * bool(row.published) + ["best"] * bool(row.Index == best))
-        ax.annotate(text, _place(row), (0, -7), textcoords="offset points", **style)
+        style = {"textcoords": "offset points", "ha": "center", "va": "bottom" if y else "top"}
+        ax.annotate(f"{axis} alone", (x, y), (0, 22 if y else -22), color=text_color(axis), **style)
+    shares = np.log(outcome[["alpha", "beta", "gamma"]].to_numpy()) * [1, 2, 2]  # what each axis costs
+    x, y = (shares @ np.array(list(CORNERS.values())) / shares.sum(1, keepdims=True)).T
+    outcome, scored = outcome.assign(x=x, y=y), outcome["status"] == "finished"
+    known, unknown = outcome[scored], outcome[outcome["same_as"].isna() & ~scored]
+    ax.plot(unknown["x"], unknown["y"], "o", color="#bbbbbb", mfc="white", ms=5)
+    dots = ax.scatter(known["x"], known["y"], c=known["top1"], s=110, cmap="viridis", zorder=3, ec="black", lw=0.5)
+    style = {"textcoords": "offset points", "ha": "center", "fontsize": 7}
+    for row in known.itertuples():
+        ax.annotate(f"{row.top1:.1f}", (row.x, row.y), (0, 8), **style)
+    for row in outcome.itertuples():
+        marks = {"published": row.published, "best": row.Index == known["top1"].idxmax()}
+        text = ", ".join(mark for mark, applies in marks.items() if applies)
+        ax.annotate(text, (row.x, row.y), (0, -7), va="top", fontweight="bold", **style)
     fig.colorbar(dots, label="minival top-1 (%)", shrink=0.6)
     ax.set(xlim=(-0.2, 1.2), ylim=(-0.15, 1.05), aspect="equal")
     ax.set_axis_off()
     fig.suptitle(drawn(title) + (" (mean over seeds)" if known["n"].max() > 1 else ""), fontsize=8)
     return fig
-
-
-def _place(row) -> np.ndarray:
-    """Return a candidate's place in the triangle: the mean of the corners, weighted by what each axis costs."""
-    shares = np.array([math.log(row.alpha), 2 * math.log(row.beta), 2 * math.log(row.gamma)])
-    return shares @ np.array(list(CORNERS.values())) / shares.sum()

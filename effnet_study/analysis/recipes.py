@@ -16,8 +16,8 @@ from effnet_study.record import baseline_coefficients, read_record, recipe
 def mistakes(profile: Profile, done: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """Return what common mistakes would have changed, as far as these runs show it without further training: a row each
     with a measure, its value here and with the mistake, in words. table: of `contrasts`."""
-    rows, seeded = [], table[table["low"].notna()]
-    if len(seeded):
+    rows = []
+    if len(seeded := table[table["low"].notna()]):
         nearest, scores = seeded.loc[seeded["difference"].abs().idxmin()], scores_by_method(done)
         pair = f"{spoken(nearest['target'])} minus {spoken(nearest['other'])}"
         here = "{difference:+.2f} points, {low:+.2f} to {high:+.2f}".format(**nearest)
@@ -25,67 +25,56 @@ def mistakes(profile: Profile, done: pd.DataFrame, table: pd.DataFrame) -> pd.Da
         wrong = f"{single.min():+.2f} to {single.max():+.2f} points, by the choice of seeds"
         rows.append(("one seed", pair, here, wrong))
     histories = [load_history(run_dir) for run_dir in done["run_dir"]]
-    last = pd.Series([history["minival_top1"].iloc[-1] for history in histories])
-    best = pd.Series([history["minival_top1"].max() for history in histories])
-    annealed = max(h["lr"].iloc[-1] for h in histories) / profile.config().lr
-    # An earlier reproduction: 35 epochs, of which 10 warm up; then the paper's decay, 0.97 every 2.4 epochs, which was
-    # made for 350 epochs
+    last = [history["minival_top1"].iloc[-1] for history in histories]
+    best = [history["minival_top1"].max() for history in histories]
+    for mistake, measure, right, wrong in (
+        ("weights of the last step scored", "top-1", [*done["top1"]], [*done["raw_top1"]]),
+        ("best epoch by the scored images", "minival top-1", last, best),
+    ):
+        run = np.abs(np.subtract(right, wrong)).argmax()
+        rows.append((mistake, f"{measure}, where it differs most", f"{right[run]:.2f} %", f"{wrong[run]:.2f} %"))
+    annealed = max(history["lr"].iloc[-1] for history in histories) / profile.config().lr
+    # An earlier reproduction: 35 epochs, of which 10 warm up; then the paper's decay, 0.97 every 2.4 of 350 epochs
     barely = 0.97 ** ((34 - 10) / 2.4)
     shares = f"{100 * annealed:.5f} %", f"{100 * barely:.0f} %"
     here = (profile.base_resolution, profile.num_classes, profile.stem_stride)
     params = [f"{scaled_cost(profile.baseline, *here, se_expanded=wrong).params:,}" for wrong in (False, True)]
     rows += [
-        ("weights of the last step scored", "top-1, where it differs most", *_largest(done["top1"], done["raw_top1"])),
-        ("best epoch by the scored images", "minival top-1, where it differs most", *_largest(last, best)),
         ("learning rate not annealed", "the last one, of the highest", *shares),
         ("squeeze-and-excitation of expanded channels", "parameters of the baseline", *params),
     ]
     return pd.DataFrame(rows, columns=["mistake", "measure", "here", "with the mistake"])
 
 
-def _largest(right: pd.Series, wrong: pd.Series) -> tuple[str, str]:
-    """Return the two values (percent) of the run in which they differ most, in words."""
-    run = (right - wrong).abs().idxmax()
-    return f"{right[run]:.2f} %", f"{wrong[run]:.2f} %"
-
-
-def ablation(profile: Profile, results: str | Path | None = None) -> tuple[str, pd.DataFrame]:
-    """Compare a profile that changes the recipe with the one that it extends: the change in words, and a table.
+def ablation(profile: Profile, results: str | Path | None = None) -> pd.DataFrame:
+    """Compare a profile that changes the recipe with the one that it extends, by the seeds that have finished in both.
 
     The table has a row per method, and a row for each method's lead over the baseline: the mean top-1 as it is and
     changed, their difference with Welch's 95 % interval, and the mean of all seeds as it is, from which a few seeds may
     be far. All rows come first with the moving average of the weights, which a study scores, then with the weights of
-    the last step. If the profile has no baseline, the lead is over the baseline as it is, and the words say so. Only
-    seeds are compared that have finished in both profiles.
+    the last step.
     """
-    change, own = changes_in_words(profile), profile.methods
-    if "baseline" not in own:
-        change += f" of {', '.join(own)} alone"
     finished, rows = [finished_runs(each, results) for each in (profile.parent, profile)], []
     if any(runs.empty for runs in finished):
-        return change, pd.DataFrame()
+        return pd.DataFrame()
     for weights, score in (("moving average", "top1"), ("last step", "raw_top1")):
         before, after = (runs.pivot(index="seed", columns="method", values=score) for runs in finished)
-        methods = [method for method in own if method in before and method in after]
-        if "baseline" not in own and "baseline" in before:
-            after["baseline"] = before["baseline"]
-        signs = [{method: 1} for method in methods]
-        if "baseline" in before and "baseline" in after:
-            signs += [{method: 1, "baseline": -1} for method in methods if method != "baseline"]
-        for sign in map(pd.Series, signs):
-            then, now = (table[sign.index].dropna() for table in (before, after))
-            seeds = then.index.intersection(now.index)
+        methods = [method for method in profile.methods if method in before and method in after]
+        leads = [[method, "baseline"] for method in methods if "baseline" in methods and method != "baseline"]
+        for pair in [*([method] for method in methods), *leads]:
+            then, now = (table[pair].dropna() for table in (before, after))
+            seeds, signs = then.index.intersection(now.index), (1, -1)[: len(pair)]
             if seeds.empty:
                 continue
             then, now = then.loc[seeds], now.loc[seeds]
-            row = {"weights": weights, "what": " - ".join(sign.index), "n": len(seeds)}
-            row |= {"as_it_is": then.mean() @ sign, "changed": now.mean() @ sign}
-            row["all_seeds_as_it_is"] = before[sign.index].mean() @ sign
-            terms = [(-sign[m], then[m]) for m in sign.index if m in own]
-            terms += [(sign[m], now[m]) for m in sign.index if m in own]
+            row = {"weights": weights, "what": " - ".join(pair), "n": len(seeds)}
+            row |= {"as_it_is": then.mean() @ signs, "changed": now.mean() @ signs}
+            row["all_seeds_as_it_is"] = before[pair].mean() @ signs
+            terms = [(-sign, then[method]) for sign, method in zip(signs, pair, strict=True)]
+            terms += [(sign, now[method]) for sign, method in zip(signs, pair, strict=True)]
             row["difference"], row["low"], row["high"] = contrast_interval(terms)
             rows.append(row)
-    return change, pd.DataFrame(rows)
+    return pd.DataFrame(rows).assign(change=changes_in_words(profile), purpose=profile.purpose)
 
 
 def load_pilots(profile: Profile, results: str | Path | None = None) -> pd.DataFrame:

@@ -1,8 +1,7 @@
-"""Statistics over seeds and test images: intervals, contrasts of a claim, the claim's outcome, calibration.
+"""Statistics over seeds and test images, by the rules of report/PROTOCOL.md. All functions are pure.
 
-The rules are those of report/PROTOCOL.md. One interval serves for reading and for the outcome, so the two never
-disagree. Networks of one seed share splits but not weights, so seeds are not paired: pairing would gain little and
-halve the degrees of freedom. All functions are pure: arrays and numbers in, numbers and tables out.
+Networks of one seed share splits but not weights, so seeds are not paired: pairing would gain little and halve the
+degrees of freedom.
 """
 
 import math
@@ -16,9 +15,6 @@ CONFIDENCE = 0.95  # of one mean, and of all contrasts of a claim together
 MARGIN = 0.5  # points of top-1 within which two methods count as equal
 SEEDS_TO_DECIDE = 5  # a claim with fewer finished seeds of any method stays inconclusive
 SAME = "same network"  # the word of a contrast whose two methods are by rounding one network
-
-
-# ---- 1. Intervals --------------------------------------------------------------------------------------------------
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -36,17 +32,16 @@ def contrast_interval(
     than two values in a group low and high are NaN.
     """
     groups = [(weight, np.asarray(values, float)) for weight, values in terms]
-    value = sum(weight * values.mean(-1) for weight, values in groups)
     counts = [values.shape[-1] for _, values in groups]
-    half = np.full_like(value, math.nan)
-    if min(counts) > 1:
-        parts = [weight**2 * values.var(-1, ddof=1) / values.shape[-1] for weight, values in groups]
-        variance = sum(parts)
-        with np.errstate(invalid="ignore"):  # 0 / 0 where the values of every group are all the same
-            freedom = variance**2 / sum(part**2 / (n - 1) for part, n in zip(parts, counts, strict=True))
-        half = np.where(variance > 0, scipy.stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(variance), 0.0)
-    bounds = value, value - half, value + half
-    return bounds if np.ndim(value) else tuple(map(float, bounds))
+    value = sum(weight * values.mean(-1) for weight, values in groups)
+    if min(counts) < 2:
+        return value, value * math.nan, value * math.nan
+    parts = [weight**2 * values.var(-1, ddof=1) / values.shape[-1] for weight, values in groups]
+    variance = sum(parts)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where the values of every group are all the same
+        freedom = variance**2 / sum(part**2 / (n - 1) for part, n in zip(parts, counts, strict=True))
+    half = np.where(variance > 0, scipy.stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(variance), 0.0)
+    return value, value - half, value + half
 
 
 def joint_confidence(contrasts: int) -> float:
@@ -54,14 +49,10 @@ def joint_confidence(contrasts: int) -> float:
     return 1 - (1 - CONFIDENCE) / max(contrasts, 1)
 
 
-# ---- 2. Contrasts of a claim ---------------------------------------------------------------------------------------
-
-
 def word(low: float, high: float) -> str:
     """Return one word for a contrast's interval (points): above, below, equal (inside the margin) or unclear.
 
-    An interval that lies both above 0 and inside the margin is above: the difference is small, but it is there. NaN, as
-    below two seeds, is unclear.
+    An interval both above 0 and inside the margin is above. NaN, as below two seeds, is unclear.
     """
     if low > 0:
         return "above"
@@ -91,10 +82,10 @@ def contrast_rows(
     two networks of an earlier one has that one's numbers, and its names under same_as. Neither kind counts among the
     contrasts whose intervals hold together; pairs without scores count too, so that intervals do not change later.
     """
-    compared = [(networks.get(target, target), networks.get(other, other)) for target, other in pairs]
-    together = len({(a, b) for a, b in compared if a != b})
+    compared = {pair: tuple(networks.get(method, method) for method in pair) for pair in pairs}
+    together = len({(a, b) for a, b in compared.values() if a != b})
     rows, first = [], {}  # first: of each two networks, the first row
-    for (target, other), key in zip(pairs, compared, strict=True):
+    for (target, other), key in compared.items():
         if target not in scores or other not in scores:
             continue
         row = contrast(scores[target], scores[other], together) | {"same_as": None}
@@ -102,17 +93,15 @@ def contrast_rows(
             row |= {"low": math.nan, "high": math.nan, "half_width": math.nan, "outcome": SAME}
         if earlier := first.get(key):
             row = earlier | {"same_as": f"{earlier['target']} - {earlier['other']}"}
-        row |= {"target": target, "other": other, "confidence": joint_confidence(together)}
-        rows.append(row)
-        first.setdefault(key, row)
+        rows.append(row | {"target": target, "other": other, "confidence": joint_confidence(together)})
+        first.setdefault(key, rows[-1])
     return rows
 
 
 def claim_outcome(words: Sequence[str], seeds: int, complete: bool) -> str:
     """Return the outcome of "the target beats each other": reproduced, contradicted or inconclusive.
 
-    words: of all its contrasts; reproduced needs above of each, contradicted below or equal of one.
-    seeds: the fewest of any contrast. complete: whether all planned runs have ended, failed ones included.
+    words: of all its contrasts. seeds: the fewest of any. complete: whether all planned runs have ended (or failed).
     """
     if not words or seeds < SEEDS_TO_DECIDE or not complete:
         return "inconclusive"
@@ -121,14 +110,9 @@ def claim_outcome(words: Sequence[str], seeds: int, complete: bool) -> str:
     return "reproduced" if set(words) == {"above"} else "inconclusive"
 
 
-# ---- 3. Images -----------------------------------------------------------------------------------------------------
-
-
 def bootstrap(correct: Sequence[np.ndarray], draws: int = 2000) -> np.ndarray:
-    """Resample seeds and images, and return the top-1 in percent (draws, methods) of several methods.
-
-    correct: right answers (seeds, images), bool, of each method, all of the same images. A draw uses the same images
-    for all methods, and seeds of its own for each.
+    """Resample seeds and images, and return the top-1 in percent (draws, methods) of several methods. A draw uses the
+    same images for all methods, and seeds of its own for each. correct: right answers (seeds, images) of each method.
     """
     rng, images = np.random.default_rng(0), correct[0].shape[1]
     means = []
@@ -140,9 +124,7 @@ def bootstrap(correct: Sequence[np.ndarray], draws: int = 2000) -> np.ndarray:
 
 def calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, pd.DataFrame]:
     """Return the expected calibration error in points (Guo et al. 2017), and its 15 bins of equal width: confidence,
-    accuracy, images. Empty bins are left out.
-
-    confidence: probability (images,) of the predicted class; correct: whether it was right.
+    accuracy, images, without empty bins. confidence: probability (images,) of the predicted class.
     """
     index = np.ceil(15 * np.asarray(confidence, float)).clip(1, 15).astype(int) - 1
     answers = pd.DataFrame({"bin": index, "confidence": 100.0 * confidence, "accuracy": 100.0 * np.asarray(correct)})

@@ -3,17 +3,46 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
 from effnet_study.analysis.claims import AXES, verdict_lines
-from effnet_study.analysis.tables import changes_in_words
+from effnet_study.analysis.figures import draw_ablation
+from effnet_study.analysis.recipes import ablation, load_pilots, mistakes
+from effnet_study.analysis.tables import changes_in_words, contrasts, finished_runs, kind_of, study_runs, table7
 from effnet_study.coefficients import describe_search, load_coefficients, searched_coefficients
-from effnet_study.files import RESULTS, in_markdown
+from effnet_study.files import RESULTS, in_markdown, replace_file, save_figure, save_table
 from effnet_study.methods import spoken
 from effnet_study.profile import Profile
 from effnet_study.record import read_record
 
 FIGURES = ("ablation", "figure8", "figure8_matched", "learning_curves", "search", "figure7", "per_class", "calibration")
+# Columns of Table 7 in Markdown: a title, and the name and format of the value
+IN_RESULTS = {
+    "method": ("name", "{}"),
+    **{coefficient: (coefficient, "{:.2f}") for coefficient in "dwr"},
+    "px": ("resolution", "{}"),
+    "params": ("params", "{:,}"),
+    "FLOPs": ("flops", "{:,}"),
+    "activations": ("activations", "{:,}"),
+    "n": ("n", "{}"),
+    "top-1 %": ("top1", "{:.2f}"),
+    "95 % interval": ("interval", "{}"),
+    "sd": ("top1_sd", "{:.2f}"),
+    "paper %": ("paper_top1", "{:.1f}"),
+    "minutes": ("minutes", "{:.1f}"),
+    "images/s": ("images_per_second", "{:,.0f}"),
+}
+IN_README = {
+    "method": ("name", "{}"),
+    "FLOPs (million)": ("million_flops", "{:,.1f}"),
+    "seeds": ("n", "{}"),
+    "top-1 (%)": ("top1", "{:.2f}"),
+    "95 % interval": ("interval", "{}"),
+    "gain": ("gain", "{:+.2f}"),
+    "paper's top-1 (%)": ("paper_top1", "{:.1f}"),
+    "paper's gain": ("paper_gain", "{:+.2f}"),
+}
 
 
 def describe_run(profile: Profile, record: Mapping) -> str:
@@ -28,47 +57,41 @@ def describe_run(profile: Profile, record: Mapping) -> str:
     )
 
 
-def ablation_lines(profile: Profile, change: str, table: pd.DataFrame) -> list[str]:
-    """Return the table of `ablation` as a Markdown list."""
-    whole = profile.parent
-    if table.empty:
-        return [f"There is nothing to compare: no seed is finished both here and in {whole.name}."]
-    lines = [f"Changed in comparison with [{in_markdown(whole.title)}](../{whole.name}/README.md): {change}.", ""]
-    for row in table.itertuples():
-        interval = f"95 % interval {row.low:+.2f} to {row.high:+.2f}"
-        alone = f"one seed; all seeds as it is: {row.all_seeds_as_it_is:.2f}"
-        lines.append(
-            f"- {spoken(row.what)}, {row.weights}: {row.as_it_is:.2f} as it is, {row.changed:.2f} changed: "
-            f"{row.difference:+.2f} points ({interval if row.n > 1 else alone})"
-        )
-    return lines
-
-
-def page(
-    profile: Profile,
-    runs: pd.DataFrame,
-    rows: pd.DataFrame,
-    found: Mapping,
-    ablated: Sequence[str] = (),
-    results: str | Path | None = None,
-) -> str:
-    """Return README.md for the results folder of a profile: what was run, on what, what came out, how to repeat it.
-
-    rows: of `table7`; found: of `verdict`; ablated: of `ablation_lines`. Figures are named that lie in figures/.
-    """
+def write_page(profile: Profile, found: Mapping, results: str | Path | None = None) -> None:
+    """Write README.md for the results folder of a profile: what was run, on what, what came out, how to repeat it. With
+    it write the tables that 05_analysis does not show: mistakes, pilots, ablation. found: of `verdict`."""
     study_dir = Path(results or RESULTS) / profile.name
+    runs, done = study_runs(profile, results)
+    save_table(mistakes(profile, done, contrasts(profile, runs)), study_dir / "tables" / "mistakes.csv")
+    if len(pilots := load_pilots(profile, results)):
+        save_table(pilots, study_dir / "tables" / "pilots.csv")
     sections = [f"# {in_markdown(profile.title)}", "", *_about(profile, runs), ""]
-    if ablated:
-        sections += ["## What the change does", "", *ablated, ""]
+    if kind_of(profile) == "ablation":
+        table = ablation(profile, results)
+        _save_ablation(profile, table, done, results)
+        sections += ["## What the change does", "", *ablation_lines(profile, table), ""]
     sections += ["## Verdict" if profile.purpose == "evidence" else "## Contrasts", "", *verdict_lines(found), ""]
     sections += _pictures(study_dir, ["contrasts", "lengths"])
-    sections += ["## Table 7", "", _table7(rows), ""]
+    sections += ["## Table 7", "", _in_markdown(table7(profile, done), IN_RESULTS, str), ""]
     if searched_coefficients(profile, study_dir):
         sections += ["## Coefficient search", "", describe_search(load_coefficients(profile, study_dir)), ""]
     if unplanned := _unplanned(runs):
         sections += ["## Not as planned", "", *unplanned, ""]
     sections += _pictures(study_dir, FIGURES)
-    return "\n".join(sections).rstrip("\n") + "\n"
+    replace_file(study_dir / "README.md", "\n".join(sections).rstrip("\n") + "\n")
+
+
+def _save_ablation(profile: Profile, table: pd.DataFrame, done: pd.DataFrame, results: str | Path | None) -> None:
+    """Write table and figure of an ablation in place of the old ones."""
+    study_dir = Path(results or RESULTS) / profile.name
+    for path in (study_dir / "tables" / "ablation.csv", *(study_dir / "figures").glob("ablation.*")):
+        path.unlink(missing_ok=True)
+    if len(table):
+        save_table(table, study_dir / "tables" / "ablation.csv")
+        whole = finished_runs(profile.parent, results)
+        fig = draw_ablation(profile, changes_in_words(profile), table["what"], whole, done)
+        save_figure(fig, study_dir / "figures" / "ablation")
+        plt.close(fig)  # the notebook does not show it
 
 
 def _about(profile: Profile, runs: pd.DataFrame) -> list[str]:
@@ -111,32 +134,43 @@ def _how_long(runs: pd.DataFrame, done: pd.DataFrame, record: Mapping) -> str:
     return f"At this speed all {len(runs)} runs take about {hours:.3g} core-hours: {shared}, a run on each."
 
 
-def _table7(rows: pd.DataFrame) -> str:
-    """Return Table 7 in Markdown as the results' README.md shows it."""
-    columns = {"method": _named(rows, str)}
-    columns |= {name: rows[name].map("{:.2f}".format) for name in ("d", "w", "r")}
-    columns["px"] = rows["resolution"]
-    costs = {"params": "params", "FLOPs": "flops", "activations": "activations"}
-    columns |= {title: rows[name].map("{:,}".format) for title, name in costs.items()}
-    columns["n"] = rows["n"]
-    columns |= {"top-1 %": _two_decimals(rows["top1"]), "95 % interval": _intervals(rows)}
-    columns |= {"sd": _two_decimals(rows["top1_sd"]), "paper %": _paper(rows)}
-    columns["minutes"] = rows["seconds"].div(60).map("{:.1f}".format)
-    columns["images/s"] = rows["images_per_second"].map("{:,.0f}".format)
-    return pd.DataFrame(columns).to_markdown(index=False, disable_numparse=True)
+def ablation_lines(profile: Profile, table: pd.DataFrame) -> list[str]:
+    """Return the table of `ablation` as a Markdown list."""
+    whole = profile.parent
+    if table.empty:
+        return [f"There is nothing to compare: no seed is finished both here and in {whole.name}."]
+    link = f"[{in_markdown(whole.title)}](../{whole.name}/README.md)"
+    lines = [f"Changed in comparison with {link}: {changes_in_words(profile)}.", ""]
+    for row in table.itertuples():
+        interval = f"95 % interval {row.low:+.2f} to {row.high:+.2f}"
+        alone = f"one seed; all seeds as it is: {row.all_seeds_as_it_is:.2f}"
+        lines.append(
+            f"- {spoken(row.what)}, {row.weights}: {row.as_it_is:.2f} as it is, {row.changed:.2f} changed: "
+            f"{row.difference:+.2f} points ({interval if row.n > 1 else alone})"
+        )
+    return lines
 
 
 def short_table7(rows: pd.DataFrame) -> str:
     """Return the published rows of Table 7 in Markdown as the project's README shows them, ours beside the paper's. A
     gain is the difference to the baseline in points. rows: of `table7`."""
-    published = rows[rows["paper_top1"].notna()]
-    columns = {"method": _named(published, spoken)}
-    columns["FLOPs (million)"] = published["flops"].div(1e6).map("{:,.1f}".format)
-    columns["seeds"] = published["n"]
-    columns |= {"top-1 (%)": _two_decimals(published["top1"]), "95 % interval": _intervals(published)}
-    columns |= {"gain": _gains(published, "top1"), "paper's top-1 (%)": _paper(published)}
-    columns["paper's gain"] = _gains(published, "paper_top1")
-    return pd.DataFrame(columns).to_markdown(index=False, disable_numparse=True, colalign=("left", *["right"] * 7))
+    return _in_markdown(rows[rows["paper_top1"].notna()], IN_README, spoken, colalign=("left", *["right"] * 7))
+
+
+def _in_markdown(rows: pd.DataFrame, columns: Mapping, name: Callable[[str], str], **options: object) -> str:
+    """Return Table 7 in Markdown. columns: as IN_RESULTS. name: how a method is written."""
+    pairs = zip(rows["method"], rows["same_as"], strict=True)
+    names = [name(m) + (f" (same network as {name(same)})" if isinstance(same, str) else "") for m, same in pairs]
+    intervals = [f"{r.top1_low:.2f} to {r.top1_high:.2f}" if r.n > 1 else "one seed" for r in rows.itertuples()]
+    values = rows.assign(name=names, interval=intervals)
+    values["minutes"], values["million_flops"] = rows["seconds"] / 60, rows["flops"] / 1e6
+    scaled, baseline = rows["method"] != "baseline", rows[rows["method"] == "baseline"]
+    for score, gain in (("top1", "gain"), ("paper_top1", "paper_gain")):
+        values[gain] = (rows[score] - baseline[score].max()).where(scaled)  # NaN without a baseline
+    texts = pd.DataFrame()
+    for title, (column, form) in columns.items():
+        texts[title] = [form.format(value) if pd.notna(value) else "" for value in values[column]]
+    return texts.to_markdown(index=False, disable_numparse=True, **options)
 
 
 def surplus(rows: pd.DataFrame, costs: pd.DataFrame | None) -> str:
@@ -146,40 +180,17 @@ def surplus(rows: pd.DataFrame, costs: pd.DataFrame | None) -> str:
     others = [axis for axis in AXES if axis in flops]
     if not others or "compound" not in flops:
         return ""
-    here = _span(100 * (flops["compound"] / flops[others] - 1))
+    here = _span(flops["compound"] / flops[others])
     words = f"In FLOPs compound differs from the published single axes by {here} here"
     if costs is not None:
-        words += f", and by {_span(costs.set_index('method')['compound_extra_percent'][[*AXES]])} at the paper's 224 px"
+        flops = costs.set_index("method")["flops"]
+        words += f", and by {_span(flops['compound'] / flops[[*AXES]])} at the paper's 224 px"
     return f"{words}; the matched networks remove this as far as rounding permits."
 
 
-def _span(percent: pd.Series) -> str:
+def _span(ratios: pd.Series) -> str:
+    percent = 100 * (ratios - 1)
     return " to ".join(dict.fromkeys(f"{value:+.0f} %" for value in (percent.min(), percent.max())))
-
-
-def _gains(rows: pd.DataFrame, score: str) -> list[str]:
-    """Return each method's gain over the baseline in points. Empty for the baseline, and for all if it is missing."""
-    baseline = rows.set_index("method")[score].get("baseline")
-    known = [baseline is not None and method != "baseline" for method in rows["method"]]
-    return [f"{value - baseline:+.2f}" if shown else "" for value, shown in zip(rows[score], known, strict=True)]
-
-
-def _named(rows: pd.DataFrame, name: Callable[[str], str]) -> list[str]:
-    """Return the methods' names, with the earlier method whose network is the same after rounding."""
-    pairs = zip(rows["method"], rows["same_as"], strict=True)
-    return [name(m) + (f" (same network as {name(same)})" if isinstance(same, str) else "") for m, same in pairs]
-
-
-def _two_decimals(values: pd.Series) -> pd.Series:
-    return values.map("{:.2f}".format, na_action="ignore").fillna("")
-
-
-def _intervals(rows: pd.DataFrame) -> list[str]:
-    return [f"{row.top1_low:.2f} to {row.top1_high:.2f}" if row.n > 1 else "one seed" for row in rows.itertuples()]
-
-
-def _paper(rows: pd.DataFrame) -> pd.Series:
-    return rows["paper_top1"].map("{:.1f}".format, na_action="ignore").fillna("")
 
 
 def _unplanned(runs: pd.DataFrame) -> list[str]:

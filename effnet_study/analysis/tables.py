@@ -1,7 +1,5 @@
 """The tables of the analysis, made from the records of runs: Table 7, contrasts, training lengths, single
-images, the search.
-
-Scores are top-1 in percent, differences in points, FLOPs multiply-adds.
+images, the search. Scores are top-1 in percent, differences in points, FLOPs multiply-adds.
 """
 
 import contextlib
@@ -20,8 +18,6 @@ from effnet_study.methods import PAPER_TABLE7
 from effnet_study.profile import Profile, load_profile, profile_names
 from effnet_study.record import read_record, recipe
 from effnet_study.run import Run, load_runs
-
-# ---- 1. Runs, and the profiles that extend a study -----------------------------------------------------------------
 
 
 def study_runs(profile: Profile, results: str | Path | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -45,8 +41,8 @@ def scores_by_method(done: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def networks(profile: Profile, runs: pd.DataFrame) -> dict[str, tuple]:
-    """Return what rounding makes of each method's network; equal ones are the same network. One profile has one recipe
-    and one stem stride. Methods that wait for searched coefficients are left out."""
+    """Return what rounding makes of each method's network; equal ones are the same network. Methods that wait for
+    searched coefficients are left out."""
     rows = runs.drop_duplicates("method").dropna(subset=["d", "w", "r"])
     return {row.method: profile.network(Scaling(row.d, row.w, row.r)) for row in rows.itertuples()}
 
@@ -61,11 +57,22 @@ def recipe_changes(profile: Profile) -> dict[str, tuple]:
 
 def changes_in_words(profile: Profile) -> str:
     """Return `recipe_changes` in words, for example "lr 0.2 to 0.1, epochs 16 to 8"."""
-    return ", ".join(f"{name} {_short(old)} to {_short(new)}" for name, (old, new) in recipe_changes(profile).items())
+
+    def short(value: object) -> str:
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{name} {short(old)} to {short(new)}" for name, (old, new) in recipe_changes(profile).items())
 
 
-def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def kind_of(profile: Profile) -> str | None:
+    """Return what a profile changes of the one that it extends: "length" (only the epochs), "budget" (the methods, with
+    the same recipe) or "ablation" (anything else of the recipe). None if it extends none."""
+    if profile.parent is None:
+        return None
+    changed = set(recipe_changes(profile))
+    if not changed:
+        return "budget"
+    return "length" if changed == {"epochs"} else "ablation"
 
 
 def extensions(profile: Profile) -> list[Profile]:
@@ -76,30 +83,20 @@ def extensions(profile: Profile) -> list[Profile]:
     for name in names:
         with contextlib.suppress(ValueError):  # unfinished, or another program's
             found.append(load_profile(name))
-    return [other for other in found if other.parent is not None and _file(other.parent) == _file(profile)]
-
-
-def _file(profile: Profile) -> str | Path:
-    return profile.name if profile.source is None else Path(profile.source).resolve()
-
-
-# ---- 2. Table 7, and the contrasts of claims -----------------------------------------------------------------------
+    return [other for other in found if other.parent is not None and other.parent.name == profile.name]
 
 
 def table7(profile: Profile, done: pd.DataFrame) -> pd.DataFrame:
-    """Return our Table 7, a row per method with finished runs.
-
-    d, w, r are the method's coefficients, flops multiply-adds; top1 and top5 percent, mean over n seeds, with low and
-    high of Student's 95 % interval and, for top1, the standard deviation. same_as names an earlier method that is by
-    rounding the same network. seconds is the whole run's.
-    """
+    """Return our Table 7, a row per method with finished runs: means over n seeds, with low and high of Student's 95 %
+    interval and, for top1, the standard deviation. same_as names an earlier method that is by rounding the same
+    network."""
     known, rows, first = networks(profile, done), [], {}
     for method, group in done.groupby("method", sort=False):
         row = {"method": method, **group[["d", "w", "r"]].iloc[0]}
         row |= group[["resolution", "params", "flops", "activations"]].iloc[0].astype(int)
         row["n"] = len(group)
         for score in ("top1", "top5"):
-            row |= dict(zip([score, f"{score}_low", f"{score}_high"], t_interval(group[score]), strict=True))
+            row[score], row[f"{score}_low"], row[f"{score}_high"] = t_interval(group[score])
         row["top1_sd"] = group["top1"].std()
         row |= group[["seconds", "images_per_second", "peak_memory_bytes"]].mean()
         earlier = first.setdefault(known[method], method)
@@ -110,44 +107,35 @@ def table7(profile: Profile, done: pd.DataFrame) -> pd.DataFrame:
 
 
 def contrasts(profile: Profile, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the contrasts of the profile's claims, a row for each with finished runs of both sides.
-
-    difference is in points of test top-1; low, high and half_width are those of Welch's interval at `confidence`, with
-    which the intervals of one claim hold together at 95 %. paper_difference is that of the paper's Table 7.
-    """
+    """Return the contrasts of the profile's claims, a row for each with finished runs of both sides. low, high and
+    half_width are those of Welch's interval at `confidence`, with which the intervals of one claim hold together at
+    95 %. paper_difference is that of the paper's Table 7."""
     done = runs[runs["status"] == "finished"]
     scores, known = scores_by_method(done), networks(profile, runs)
-    flops = done.drop_duplicates("method").set_index("method")["flops"]
-    published = {method: top1 for method, (_, top1) in PAPER_TABLE7.items()}
+    flops = done.groupby("method")["flops"].first()
     rows = []
     for claim in planned_claims(profile.methods):
         for row in contrast_rows(scores, claim.pairs, known):
-            target, other = row["target"], row["other"]
-            ratio = flops[target] / flops[other]
-            paper = published.get(target, math.nan) - published.get(other, math.nan)
-            rows.append({"claim": claim.key, **row, "flops_ratio": ratio, "paper_difference": paper})
+            row["claim"], row["flops_ratio"] = claim.key, flops[row["target"]] / flops[row["other"]]
+            target, other = (PAPER_TABLE7.get(row[side], (math.nan, math.nan))[1] for side in ("target", "other"))
+            rows.append(row | {"paper_difference": target - other})
     columns = ["claim", "target", "other", "difference", "n", "low", "high", "half_width", "sd_target", "sd_other"]
     return pd.DataFrame(rows, columns=[*columns, "flops_ratio", "same_as", "outcome", "paper_difference", "confidence"])
 
 
 def compare_costs(baseline: Run, run: Run) -> pd.DataFrame:
     """Return coefficients, pixels and cost of a run's network beside the baseline's, and their ratio."""
-    table = pd.DataFrame(
-        {
-            each.method: {**vars(each.scaling), "px": each.config.resolution, **vars(each.cost)}
-            for each in (baseline, run)
-        }
-    )
+    columns = {}
+    for each in (baseline, run):
+        columns[each.method] = {**vars(each.scaling), "px": each.config.resolution, **vars(each.cost)}
+    table = pd.DataFrame(columns)
     return table.assign(ratio=table[run.method] / table["baseline"])
-
-
-# ---- 3. Training length, and Figure 8 with the runs of other profiles ----------------------------------------------
 
 
 def length_profiles(profile: Profile) -> list[Profile]:
     """Return the profile and those that extend it and change the epochs alone, the shortest first. Empty if there is
     one length only."""
-    others = [other for other in extensions(profile) if set(recipe_changes(other)) == {"epochs"}]
+    others = [other for other in extensions(profile) if kind_of(other) == "length"]
     return sorted([profile, *others], key=lambda one: one.config().epochs) if others else []
 
 
@@ -181,7 +169,7 @@ def figure8_points(
 ) -> dict[str, tuple[float, np.ndarray]]:
     """Return (flops, top-1 over seeds) by method: of the study's own finished runs, and of profiles that extend it with
     the same recipe."""
-    others = [finished_runs(other, results) for other in extensions(profile) if not recipe_changes(other)]
+    others = [finished_runs(other, results) for other in extensions(profile) if kind_of(other) == "budget"]
     points = {}
     for table in [done, *others]:
         for method, group in table.groupby("method", sort=False):
@@ -189,18 +177,15 @@ def figure8_points(
     return points
 
 
-# ---- 4. Single images: classes, calibration ------------------------------------------------------------------------
-
-
 def load_answers(done: pd.DataFrame) -> dict[str, list[Mapping[str, np.ndarray]]]:
     """Return label, predicted and confidence (images,) of each seed's test images, by method. A method is left out if a
-    run of it did not keep its answers. Empty if one method of several is left: there is nothing to compare."""
-    answers, methods = {}, done.groupby("method", sort=False)
-    for method, group in methods:
+    run of it did not keep its answers."""
+    answers = {}
+    for method, group in done.groupby("method", sort=False):
         paths = [run_dir / PREDICTIONS for run_dir in group["run_dir"]]
         if all(path.exists() for path in paths):
             answers[method] = [np.load(path) for path in paths]
-    return answers if len(answers) > 1 or len(methods) == 1 else {}
+    return answers
 
 
 def per_class(answers: Mapping[str, Sequence[Mapping]], done: pd.DataFrame) -> pd.DataFrame:
@@ -231,9 +216,6 @@ def calibration_table(
         rows.append(row | {"top1": top1[method], "purpose": profile.purpose})
         curves[method] = pd.concat(bins[bins["images"] >= 10] for _, bins in found).groupby("bin").mean()
     return pd.DataFrame(rows), curves
-
-
-# ---- 5. The coefficient search ---------------------------------------------------------------------------------------
 
 
 def search_outcome(profile: Profile, table: pd.DataFrame, candidates: Sequence[Run]) -> pd.DataFrame:

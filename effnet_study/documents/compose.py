@@ -6,6 +6,7 @@ The profiles that extend the study are part of its documents.
 """
 
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -26,65 +27,59 @@ from effnet_study.analysis.summary import short_table7, surplus
 from effnet_study.coefficients import COEFFICIENTS, describe_search, load_coefficients
 from effnet_study.documents.evidence import Study, alternative_texts, load_study, outcome, pilot_table
 from effnet_study.documents.page import build_page
-from effnet_study.documents.scale import build_scale
-from effnet_study.documents.templates import fill_in, listed
+from effnet_study.documents.scale import describe_scale, load_facts
+from effnet_study.documents.templates import fill_in
 from effnet_study.execution.notebook import run_notebook
 from effnet_study.files import RESULTS, ROOT, in_markdown, plain, print_any_text
 from effnet_study.methods import COLORS, PAPER_TABLE7, color
-from effnet_study.profile import Profile, load_profile
+from effnet_study.profile import load_profile
 from effnet_study.record import read_record
 
 DEFAULT = "pocket"  # the study that the committed documents are about
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # the fonts of the figures: typst has no sans-serif font
 BEGIN, END = "<!-- results: made by make report -->", "<!-- results: end -->"
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-# ---- 1. Tables and figures -----------------------------------------------------------------------------------------
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def make_figures(study: Study) -> dict[str, str]:
     """Execute 05_analysis for the study and its extensions, where runs are finished, two at a time; for the study also
     00_architecture if its table is missing, and then 08_trained_networks. Return errors by the name of the study."""
+    failures = {}
+
+    def execute(task: tuple[Study, str, dict]) -> None:
+        try:
+            _execute(*task)
+        except RuntimeError as error:
+            failures[task[0].name] = str(error)
+
     tasks = [(each, "05_analysis", {}) for each in (study, *study.extensions) if not each.finished.empty]
     if not study.has("tables/table7_cost.csv"):  # the first finding, which needs no run
         tasks.append((study, "00_architecture", {"explorer": False}))
     with ThreadPoolExecutor(2) as pool:
-        errors = list(pool.map(lambda task: _execute(*task), tasks))
-    if not study.finished.empty and not errors[0]:  # after 05, whose tables it may not take for its own
-        tasks.append((study, "08_trained_networks", {}))
-        errors.append(_execute(*tasks[-1]))
-    return {each.name: error for (each, *_), error in zip(tasks, errors, strict=True) if error}
+        list(pool.map(execute, tasks))
+    if not study.finished.empty and study.name not in failures:  # after 05, whose tables it may not take for its own
+        execute((study, "08_trained_networks", {}))
+    return failures
 
 
-def _execute(study: Study, notebook: str, parameters: Mapping[str, object]) -> str | None:
-    """Execute a notebook for a study. Return why it failed, if it did."""
-
-    def tables() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in (study.study_dir / "tables").glob("*")}
-
-    executed, before = study.study_dir / "notebooks" / f"{notebook}.ipynb", tables()
+def _execute(study: Study, notebook: str, parameters: Mapping[str, object]) -> None:
+    """Execute a notebook for a study. The old one stays if the tables are the same: the images or weights for its
+    Figure 7 may be missing here."""
+    executed, tables = study.study_dir / "notebooks" / f"{notebook}.ipynb", study.study_dir / "tables"
+    before = {path: path.read_bytes() for path in tables.glob("*")}
     new = executed.parent / f"new_{notebook}" / executed.name
-    elsewhere = {} if study.results == RESULTS else {"results": str(study.results)}  # keeps paths of this machine out
-    try:
-        run_notebook(
-            notebook, new, {"profile": study.profile.source or study.name, **elsewhere, **parameters}, threads=1
-        )
-    except RuntimeError as error:
-        return str(error)
-    # If the tables are the same, the old one stays: the images or weights for its Figure 7 may be missing here.
-    if not executed.is_file() or tables() != before:
+    parameters = {"profile": study.profile.source or study.name, **parameters}
+    if study.results != RESULTS:  # keeps paths of this machine out
+        parameters["results"] = str(study.results)
+    run_notebook(notebook, new, parameters, threads=1)
+    if not executed.is_file() or before != {path: path.read_bytes() for path in tables.glob("*")}:
         new.replace(executed)
     shutil.rmtree(new.parent)
-    return None
-
-
-# ---- 2. What the documents get -------------------------------------------------------------------------------------
 
 
 def describe(study: Study) -> dict:
-    """Return the facts of a study for lib.typ: names, progress, claims, what is missing, readable files, the recipe."""
-    paths = [path for kind in ("tables", "figures") for path in study.study_dir.glob(f"{kind}/*")]
+    """Return the facts of a study for lib.typ: names, progress, claims, what is missing, files, the recipe."""
+    files = [path.relative_to(study.study_dir).as_posix() for path in study.study_dir.glob("*/*.*")]
     facts = {
         "name": study.name,
         "title": plain(study.profile.title),
@@ -96,14 +91,13 @@ def describe(study: Study) -> dict:
         "finished": len(study.finished),
         "missing": study.missing,
         "claims": study.claims,
-        "files": sorted(filter(study.has, (path.relative_to(study.study_dir).as_posix() for path in paths))),
+        "files": sorted(file for file in files if file.startswith(("tables/", "figures/"))),
         "record": None,
         "search": None,
     }
     if not study.finished.empty:
-        record = read_record(study.finished["run_dir"].iloc[0])
-        facts["record"] = {name: record[name] for name in ("dataset", "config", "data", "versions")}
-        facts["record"]["commits"] = sorted({str(commit)[:10] for commit in study.finished["commit"]})
+        commits = sorted({str(commit)[:10] for commit in study.finished["commit"]})
+        facts["record"] = read_record(study.finished["run_dir"].iloc[0]) | {"commits": commits}
         facts["devices"] = sorted(study.finished["device"].unique())
         facts["hours"] = float(study.finished["seconds"].sum() / 3600)
     if study.has(COEFFICIENTS):
@@ -136,9 +130,6 @@ def gather(study: Study) -> dict:
     }
 
 
-# ---- 3. The documents ----------------------------------------------------------------------------------------------
-
-
 def compile_typst(
     source: Path, facts: Mapping, results: Path, figures: str = "pdf", standards: Sequence[str] = ()
 ) -> tuple[bytes, int]:
@@ -160,34 +151,26 @@ def compile_typst(
 
 def results_block(study: Study) -> str:
     """Return the README's section of results, in Markdown, between its two marks."""
-    pilots = sum(len(row["scores"]) for row in pilot_table(study))
-    started = [each for each in study.extensions if not each.finished.empty]
-    rows = study.table("table7")
-    words = {name: in_markdown(text) for name, text in outcome(study).items()}
-    values = {"study": study, "outcome": words, "alt": alternative_texts(), "pilots": pilots}
-    values |= {"table7": None, "hours": None}
+    rows, words = study.table("table7"), {name: in_markdown(text) for name, text in outcome(study).items()}
+    values = {"study": study, "outcome": words, "alt": alternative_texts(), "rows": rows}
+    values["pilots"] = sum(len(row["scores"]) for row in pilot_table(study))
+    values["started"] = [each for each in study.extensions if not each.finished.empty]
     if rows is not None:
-        published = rows[rows["paper_top1"].notna()]
         values |= {"table7": short_table7(rows), "surplus": surplus(rows, study.table("table7_cost"))}
-        values["hours"] = published["seconds"].sum() / 3600
-        values["devices"] = listed(study.finished["device"].unique())
-    return f"{BEGIN}\n{fill_in('readme-template.md', started=started, **values)}{END}"
+        values["hours"] = rows.loc[rows["paper_top1"].notna(), "seconds"].sum() / 3600
+    return f"{BEGIN}\n{fill_in('readme-template.md', **values)}{END}"
 
 
 def with_results(readme: str, block: str) -> str:
     """Replace what is between the two marks in the README's text. ValueError if the marks are missing."""
-    before, mark, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
+    text, found = re.subn(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: block, readme, flags=re.DOTALL)
+    if not found:
         raise ValueError(f"README.md: expected the lines {BEGIN!r} and {END!r} around the results")
-    return before + block + after
+    return text
 
 
-def write_all(study: Study, imagenet: Profile, output: Path) -> list[str]:
-    """Write README.md, report/ and poster/ under `output`. Return a line about each document.
-
-    imagenet: the profile whose time and price report/scale.md estimates.
-    """
+def write_all(study: Study, output: Path) -> list[str]:
+    """Write README.md, report/ and poster/ under `output`. Return a line about each document."""
     facts, lines = gather(study), []
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (output / "README.md").write_text(with_results(readme, results_block(study)), encoding="utf-8")
@@ -197,18 +180,19 @@ def write_all(study: Study, imagenet: Profile, output: Path) -> list[str]:
             raise RuntimeError(f"poster/poster.typ: expected one page, got {pages}: something on it is too long")
         (output / name).mkdir()
         (output / name / f"{name}.pdf").write_bytes(pdf)
-        lines.append(f"{name}/{name}.pdf: {pages} page{'s' * (pages > 1)}")
+        lines.append(f"{name}/{name}.pdf, pages: {pages}")
     build_page(study, output / "report")
-    build_scale(imagenet, output / "report")
+    scale = describe_scale(load_facts(), load_profile("imagenet"))
+    (output / "report" / "scale.md").write_text(scale, encoding="utf-8")
     return [*lines, "report/index.html", "report/scale.md", "README.md"]
 
 
 @app.command()
 def main(
-    study: Annotated[str, typer.Argument(help="name or file of a profile")] = DEFAULT,
-    results: Annotated[Path, typer.Option(help="folder of results", show_default=False)] = RESULTS,
-    output: Annotated[Path, typer.Option(help="where README.md, report/ and poster/ go", show_default=False)] = ROOT,
-    keep_figures: Annotated[bool, typer.Option("--keep-figures", help="use tables and figures as they are")] = False,
+    study: Annotated[str, typer.Argument()] = DEFAULT,
+    results: Path = RESULTS,
+    output: Path = ROOT,
+    keep_figures: bool = False,
 ) -> None:
     """Make tables and figures from the runs' records, under --results, then README, report, poster and page, under
     --output. The exit status is 1 if the analysis of a study failed."""
@@ -217,7 +201,7 @@ def main(
     failures = {} if keep_figures else make_figures(load_study(profile, results))
     found = load_study(profile, results, failures)  # with the new tables
     with tempfile.TemporaryDirectory() as folder:  # so that all documents are replaced, or none
-        lines = write_all(found, load_profile("imagenet"), Path(folder))
+        lines = write_all(found, Path(folder))
         shutil.rmtree(output / "report" / "notebooks", ignore_errors=True)  # also of studies that are gone
         shutil.copytree(folder, output, dirs_exist_ok=True)
     print("\n".join(lines))

@@ -16,7 +16,7 @@ import pandas as pd
 
 from effnet_study.analysis.recipes import load_pilots
 from effnet_study.analysis.statistics import SAME, SEEDS_TO_DECIDE
-from effnet_study.analysis.tables import extensions, recipe_changes
+from effnet_study.analysis.tables import extensions, kind_of
 from effnet_study.documents.templates import listed
 from effnet_study.files import NOTEBOOKS, RESULTS, plain
 from effnet_study.methods import spoken
@@ -37,9 +37,9 @@ EXPECTED = {  # files of every study with finished runs, and what they are
     "tables/verdict.json": "the verdict",
     "figures/figure8.pdf": "Figure 8",
 }
-
-
-# ---- 1. A study ----------------------------------------------------------------------------------------------------
+# The text of the one figure that no notebook draws
+ABLATION = "Test top-1 of each method as it is and with the recipe changed, a dot per seed: "
+ABLATION += "scored by the moving average, and by the weights of the last step."
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ class Study:
     @property
     def name(self) -> str:
         return self.profile.name
+
+    @property
+    def kind(self) -> str | None:
+        return kind_of(self.profile)
 
     @property
     def study_dir(self) -> Path:
@@ -76,56 +80,30 @@ class Study:
         baseline = self.profile.baseline
         return "pocket scale" if baseline.depth * baseline.width**2 < 1 else ""
 
-    @property
-    def kind(self) -> str | None:
-        """What an extension changes: `length` (only the epochs), `budget` (the methods, with the same recipe) or
-        `ablation` (anything else of the recipe). None for a study of its own."""
-        if self.profile.parent is None:
-            return None
-        changed = recipe_changes(self.profile)
-        return "budget" if not changed else "length" if set(changed) == {"epochs"} else "ablation"
-
-    @cached_property
-    def _read(self) -> dict[str, pd.DataFrame | dict | ValueError]:
-        """The tables and JSON files by their path in the study's folder. A damaged file has its error."""
-        patterns, found = ("tables/*.csv", "tables/*.json", "*.json"), {}
-        for path in sorted(path for pattern in patterns for path in self.study_dir.glob(pattern)):
-            file = path.relative_to(self.study_dir).as_posix()
-            try:
-                found[file] = pd.read_csv(path) if path.suffix == ".csv" else json.loads(path.read_text("utf-8"))
-            except ValueError as error:  # the base class of pandas' and json's errors
-                found[file] = error
-        return found
-
-    @property
-    def damaged(self) -> dict[str, str]:
-        """The tables and JSON files that cannot be read, and why."""
-        return {file: str(error).splitlines()[0] for file, error in self._read.items() if isinstance(error, ValueError)}
-
     def has(self, file: str) -> bool:
-        """Tell whether a file of the study exists and can be read, for example "tables/table7.csv"."""
-        return (self.study_dir / file).is_file() and file not in self.damaged
+        """Tell whether the study has a file, for example "tables/table7.csv"."""
+        return (self.study_dir / file).is_file()
 
     def table(self, name: str) -> pd.DataFrame | None:
-        """Return tables/NAME.csv. None if it is missing, damaged or without rows."""
-        table = self._read.get(f"tables/{name}.csv")
-        return table if isinstance(table, pd.DataFrame) and len(table) else None
+        """Return tables/NAME.csv. None if it is missing or without rows."""
+        path = self.study_dir / "tables" / f"{name}.csv"
+        table = pd.read_csv(path) if path.is_file() else pd.DataFrame()
+        return None if table.empty else table
 
     @property
     def stale(self) -> bool:
         """Whether Table 7 is about other runs than the finished ones."""
-        table = self.table("table7")
-        counts = self.runs.loc[self.runs["status"] == "finished", "method"].value_counts()
+        table, counts = self.table("table7"), self.finished["method"].value_counts()
         return table is not None and dict(zip(table["method"], table["n"], strict=True)) != counts.to_dict()
 
     @property
     def claims(self) -> list[dict]:
         """The claims of tables/verdict.json. `status` is the outcome, or says that there is none."""
-        found = []
-        for claim in self._read["tables/verdict.json"]["claims"] if self.has("tables/verdict.json") else []:
+        path = self.study_dir / "tables" / "verdict.json"
+        found = json.loads(path.read_text(encoding="utf-8"))["claims"] if path.is_file() else []
+        for claim in found:
             still_open = "" if claim["complete"] else ", until all of its planned runs have ended"
-            status = claim["outcome"] + still_open if claim["outcome"] else "compared, without a verdict"
-            found.append(claim | {"status": status})
+            claim["status"] = claim["outcome"] + still_open if claim["outcome"] else "compared, without a verdict"
         return found
 
     @property
@@ -137,7 +115,7 @@ class Study:
         words = f"Unfinished: {ended} of {len(self.runs)} planned runs have ended. "
         return words + "Until five seeds are in, nothing is decided."
 
-    @cached_property
+    @property
     def missing(self) -> list[str]:
         """What a reader would expect and does not find. The documents print it."""
         failed = [] if self.failure is None else [f"an analysis of these runs: {self.failure}"]
@@ -146,7 +124,6 @@ class Study:
         changed = {"tables/ablation.csv": "what the change does"} if self.kind == "ablation" else {}
         expected = EXPECTED if self.kind is None else changed
         gaps = [f"{what} ({file}); to make it: make report" for file, what in expected.items() if not self.has(file)]
-        gaps += [f"{file} is damaged: {why}" for file, why in self.damaged.items()]
         gaps += ["tables of the runs as they are now; to make them: make report"] * self.stale
         open_runs = {}  # seeds and states, and the methods that lack the same ones
         for method, group in self.runs[self.runs["status"] != "finished"].groupby("method", sort=False):
@@ -160,14 +137,10 @@ def load_study(profile: Profile, results: Path = RESULTS, failures: Mapping[str,
 
     failures: why the analysis of a study failed, by the study's name.
     """
-    failures = failures or {}
     others = extensions(profile) if profile.parent is None else []
     others = sorted(others, key=lambda other: (other.config().epochs, other.name))
     studies = tuple(load_study(other, results, failures) for other in others)
-    return Study(profile, results, load_runs(profile, results), studies, failures.get(profile.name))
-
-
-# ---- 2. Words ------------------------------------------------------------------------------------------------------
+    return Study(profile, results, load_runs(profile, results), studies, (failures or {}).get(profile.name))
 
 
 def outcome(study: Study) -> dict[str, str]:
@@ -212,7 +185,7 @@ def pilot_table(study: Study) -> list[dict]:
 @cache
 def alternative_texts() -> dict[str, str]:
     """Return the text of each figure for people who do not see it, from the notebook cell that draws the figure."""
-    texts = {}
+    texts = {"ablation": ABLATION}
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         for cell in nbformat.read(path, as_version=4).cells:
             if name := re.search(r'"figures" / "(\w+)"', cell.source):

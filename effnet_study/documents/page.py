@@ -37,9 +37,6 @@ FIGURES = {  # of the analysis: a heading and what is to be seen
 }
 
 
-# ---- 1. Results ----------------------------------------------------------------------------------------------------
-
-
 def scored_runs(study: Study) -> pd.DataFrame:
     """Return the finished runs of a study and of its extensions at other budgets, as Figure 8 shows them: x is in
     million multiply-adds. Empty if no run of the study is finished."""
@@ -50,34 +47,18 @@ def scored_runs(study: Study) -> pd.DataFrame:
     return runs.assign(run=names, label=labels, x=runs["flops"] / 1e6, minutes=runs["seconds"] / 60)
 
 
-def read_histories(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Read the histories of runs: a row for each epoch with run, method, label, seed, and the columns of history.jsonl.
-    Return what is missing, too. runs: of `scored_runs`."""
-    found, gaps = [pd.DataFrame()], []
-    for row in runs.itertuples():
-        try:
-            history = load_history(row.run_dir)
-            found.append(history.assign(run=row.run, method=row.method, label=row.label, seed=row.seed))
-        except (OSError, ValueError):
-            gaps.append(f"history.jsonl of {row.run} is not there, or damaged.")
-    return pd.concat(found), gaps
-
-
-def draw(study: Study, runs: pd.DataFrame, epochs: pd.DataFrame) -> dict[str, dict]:
-    """Return the specifications of the charts for which there are results, by name.
-
-    runs: of `scored_runs`; epochs: of `read_histories`.
-    """
-    specs, x = {}, "FLOPs ({} multiply-adds)"
-    if len(runs):
-        specs["figure8"] = figure8(runs[RUN_FIELDS], x.format("million"), "test top-1 (%)", f"{study.data}, all runs")
-        paper = pd.DataFrame.from_dict(PAPER_TABLE7, orient="index", columns=["flops", "top1"])
-        paper = paper.reset_index(names="method").assign(label=[*PAPER_TABLE7], x=paper["flops"].to_numpy() / 1e9)
-        specs["paper"] = figure8(paper, x.format("billion"), "ImageNet top-1 (%)", "The paper's Table 7")
-    if len(epochs):
-        specs["train_loss"] = curves(epochs, "train_loss", f"{study.data}: training loss by epoch")
-        specs["minival_top1"] = curves(epochs, "minival_top1", f"{study.data}: minival top-1 by epoch")
-    return specs
+def draw(study: Study, runs: pd.DataFrame) -> dict[str, dict]:
+    """Return the specifications of the charts by name. runs: of `scored_runs`."""
+    x, about = "FLOPs ({} multiply-adds)", ["run", "method", "label", "seed"]
+    epochs = pd.concat(load_history(row["run_dir"]).assign(**row[about]) for _, row in runs.iterrows())
+    paper = [(method, flops, top1, method, flops / 1e9) for method, (flops, top1) in PAPER_TABLE7.items()]
+    paper = pd.DataFrame(paper, columns=["method", "flops", "top1", "label", "x"])
+    return {
+        "figure8": figure8(runs[RUN_FIELDS], x.format("million"), "test top-1 (%)", f"{study.data}, all runs"),
+        "paper": figure8(paper, x.format("billion"), "ImageNet top-1 (%)", "The paper's Table 7"),
+        "train_loss": curves(epochs, "train_loss", f"{study.data}: training loss by epoch"),
+        "minival_top1": curves(epochs, "minival_top1", f"{study.data}: minival top-1 by epoch"),
+    }
 
 
 def embed_figures(study: Study) -> list[dict[str, str]]:
@@ -86,15 +67,12 @@ def embed_figures(study: Study) -> list[dict[str, str]]:
     found = []
     for name, title in FIGURES.items():
         for each in (study, *study.extensions):
-            path = each.study_dir / "figures" / f"{name}.svg"
-            if path.is_file():
-                address = f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
-                about = "" if each is study else f"{plain(each.profile.title)}: "
-                found.append({"title": about + title, "alt": alternative_texts().get(name, title), "address": address})
+            if each.has(f"figures/{name}.svg"):
+                picture = base64.b64encode((each.study_dir / "figures" / f"{name}.svg").read_bytes()).decode()
+                title_here = title if each is study else f"{plain(each.profile.title)}: {title}"
+                figure = {"title": title_here, "alt": alternative_texts()[name]}
+                found.append(figure | {"address": f"data:image/svg+xml;base64,{picture}"})
     return found
-
-
-# ---- 2. Notebooks --------------------------------------------------------------------------------------------------
 
 
 def render_markdown(text: str) -> str:
@@ -139,15 +117,12 @@ def write_notebooks(study: Study, output: Path) -> list[dict[str, str]]:
             if "_seed" in path.name or ".partial" in path.name:
                 continue
             title, body = convert(path)
-            books.append({"address": f"notebooks/{group}/{path.stem}.html", "group": group, "title": title})
-            target = output / books[-1]["address"]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            about = books[-1] | {"body": Markup(body), "pygments": pygments}
-            target.write_text(fill_in("index-template.html", notebook=about), encoding="utf-8", errors="replace")
+            book = {"address": f"notebooks/{group}/{path.stem}.html", "group": group, "title": title}
+            page = fill_in("index-template.html", notebook=book | {"body": Markup(body), "pygments": pygments})
+            (output / "notebooks" / group).mkdir(parents=True, exist_ok=True)
+            (output / book["address"]).write_text(page, encoding="utf-8", errors="replace")
+            books.append(book)
     return books
-
-
-# ---- 3. The page ---------------------------------------------------------------------------------------------------
 
 
 def build_page(study: Study, output: Path) -> None:
@@ -156,11 +131,10 @@ def build_page(study: Study, output: Path) -> None:
     # Vega, Vega-Lite and Vega-Embed, of the version that Altair writes for
     libraries = vl_convert.javascript_bundle(vl_version=".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2]))
     runs = scored_runs(study)
-    epochs, gaps = read_histories(runs)
-    specs = draw(study, runs, epochs)
+    specs = draw(study, runs) if len(runs) else {}
     # "</script>" and "<!--" in a string would change where the element that holds it ends.
     packed = Markup(json.dumps(specs, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
-    values = {"study": study, "outcome": outcome(study), "runs": runs, "epochs": epochs, "gaps": gaps, "specs": specs}
-    values |= {"figures": embed_figures(study), "books": write_notebooks(study, output), "packed": packed}
+    values = {"study": study, "outcome": outcome(study), "runs": runs, "specs": specs, "packed": packed}
+    values |= {"figures": embed_figures(study), "books": write_notebooks(study, output)}
     values |= {"libraries": Markup(libraries), "color": color, "shape": shape, "ink": INK}
     (output / "index.html").write_text(fill_in("index-template.html", **values), encoding="utf-8", errors="replace")

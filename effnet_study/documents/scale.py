@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
-import yaml
 from pydantic import Field
 
 from effnet_lib import VARIANTS, Count, Positive, Settings
 from effnet_study.documents.templates import fill_in
 from effnet_study.files import ROOT
-from effnet_study.profile import Profile
+from effnet_study.profile import Profile, read_yaml
 
 FACTS = ROOT / "report" / "scale.yaml"
 MEASURES = ["activations", "flops"]  # what the time of a run is taken as proportional to
@@ -39,21 +38,16 @@ class Facts(Settings):
 
 def load_facts(path: Path = FACTS) -> Facts:
     """Load scale.yaml. ValueError names the file, the key, what was expected and what was found."""
-    with path.open(encoding="utf-8") as file:  # yaml's own errors name the file
-        facts = yaml.safe_load(file)
-    if not isinstance(facts, dict):
-        raise ValueError(f"{path}: expected keys and values, got {facts!r}")
+    facts = read_yaml(path.read_text(encoding="utf-8"), str(path))
     try:
         return Facts(**facts)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def wall_time(gpu_hours: Sequence[float], gpus: int, per_run: int) -> float:
-    """Return the hours until the last of some runs ends on `gpus` GPUs, of which each run takes `per_run` at most.
-
-    gpu_hours: of each run. The longest waiting run takes the first GPUs that are free.
-    """
+    """Return the hours until the last run ends on `gpus` GPUs, of which each run takes `per_run` at most. The longest
+    waiting run takes the first GPUs that are free. gpu_hours: of each run."""
     per_run = min(per_run, gpus)
     busy = [0.0] * (gpus // per_run)
     for hours in sorted(gpu_hours, reverse=True):
@@ -72,11 +66,5 @@ def describe_scale(facts: Facts, profile: Profile) -> str:
         runs = [[*(baseline * ratios[measure])] * count for measure in MEASURES]
         times = [[wall_time(hours, gpus, facts.b0_gpus) for hours in runs] for gpus in facts.gpus]
         rows.append({"seeds": count, "runs": len(runs[0]), "times": times, "gpu_hours": [sum(hours) for hours in runs]})
-    totals, b4 = ratios[MEASURES].sum(), b4[MEASURES]
     values = {"facts": facts, "networks": len(costs), "seeds": seeds, "epochs": epochs, "baseline": baseline}
-    return fill_in("scale-template.md", rows=rows, totals=totals, b4=b4, **values) + "\n"
-
-
-def build_scale(profile: Profile, output: Path) -> None:
-    """Write OUTPUT/scale.md for a profile of ImageNet."""
-    (output / "scale.md").write_text(describe_scale(load_facts(), profile), encoding="utf-8")
+    return fill_in("scale-template.md", rows=rows, totals=ratios.sum(), b4=b4, **values) + "\n"
