@@ -94,6 +94,14 @@ def save_table(table: pd.DataFrame, path: str | Path) -> None:
     replace_file(path, table.to_csv(index=False, float_format="%.10g").encode())
 
 
+def read_table(path: Path) -> pd.DataFrame:
+    """Read what `save_table` wrote. ValueError names a damaged file."""
+    try:
+        return pd.read_csv(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, then run make report") from None
+
+
 # ---- 2. Names ------------------------------------------------------------------------------------------------------
 
 
@@ -199,8 +207,13 @@ def write_history(run_dir: Path, history: list[dict]) -> None:
 
 
 def load_history(run_dir: str | Path) -> pd.DataFrame:
-    """Read history.jsonl of a run: a row per epoch, minival scored with the EMA weights."""
-    return pd.read_json(Path(run_dir) / HISTORY, lines=True)
+    """Read history.jsonl of a run: a row per epoch, minival scored with the EMA weights. ValueError names a damaged
+    one."""
+    path = Path(run_dir) / HISTORY
+    try:
+        return pd.read_json(path, lines=True)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or delete its folder to run again") from None
 
 
 # ---- 4. Checkpoints ------------------------------------------------------------------------------------------------

@@ -76,15 +76,20 @@ def test_figure_8_joins_each_way_of_scaling_from_the_baseline_in_the_order_of_co
     assert words(ax) == {"baseline", "depth", "depth matched", "fast compound"}  # of depth's budgets the last one only
 
 
-def test_a_single_seed_is_a_hollow_dot_without_a_mean_and_the_axis_says_so():
+def test_a_single_seed_is_a_cross_without_a_mean_and_the_axis_says_so():
     several, ax = plt.figure().subplots(1, 2)
     figures.draw_against_cost(ax, POINTS, "million")
-    hollow = [line.get_ydata().tolist() for line in ax.lines if line.get_markerfacecolor() == "white"]
-    assert hollow == [[75], [72]] and len(dots(ax, "_")) == 3
-    assert ax.get_xlabel() == "FLOPs (million multiply-adds); hollow: one seed"
+    assert [top1 for _, top1 in dots(ax, "x")] == [75, 72] and len(dots(ax, "_")) == 3
+    assert ax.get_xlabel() == "FLOPs (million multiply-adds); cross: one seed"
     figures.draw_against_cost(several, {method: POINTS[method] for method in ("baseline", "depth")}, "million")
-    assert several.get_xlabel() == "FLOPs (million multiply-adds)"
-    assert "white" not in [line.get_markerfacecolor() for line in several.lines]
+    assert several.get_xlabel() == "FLOPs (million multiply-adds)" and not dots(several, "x")
+
+
+def test_matched_networks_are_hollow():
+    ax = plt.figure().subplots()
+    figures.draw_against_cost(ax, {"depth": (3e6, [74, 76]), "depth_matched": (4e6, [75, 77])}, "million")
+    faces = [line.get_markerfacecolor() for line in ax.lines if line.get_marker() == "o"]
+    assert [face == "white" for face in faces] == [False, True]
 
 
 def test_figure_8_is_drawn_without_a_baseline():
@@ -107,9 +112,9 @@ def test_labels_at_the_ends_of_lines_stay_apart():
 def test_figure_8_stands_beside_the_papers_and_matched_networks_in_a_figure_of_their_own(profile, tmp_path):
     done, points = done_runs(tmp_path, baseline=[70.0]), {"baseline": (2e6, [70]), "depth_matched": (4e6, [71])}
     left, right = figures.draw_figure8(profile, points, done).axes
-    assert dots(left) == [(2, 70)] and [top1 for _, top1 in dots(right)[:2]] == [77.3, 79.0]
+    assert dots(left, "x") == [(2, 70)] and [top1 for _, top1 in dots(right, "x")[:2]] == [77.3, 79.0]
     (ax,) = figures.draw_matched(profile, points | {"depth": (9e6, [72]), "compound": (4e6, [73])}, done).axes
-    assert [top1 for _, top1 in dots(ax)] == [70, 71, 73]
+    assert [top1 for _, top1 in dots(ax, "x")] == [70, 71, 73]
 
 
 def test_methods_of_one_colour_have_dashes_of_their_own():

@@ -428,6 +428,12 @@ def test_missing_tables_are_named_and_not_used(copied):
         assert "Undecided" in compiled(source, copied)
 
 
+def test_a_damaged_table_is_named(copied):
+    (copied.study_dir / "tables" / "table7.csv").write_text("")
+    with pytest.raises(ValueError, match="tables/table7.csv is damaged .*; delete it, then run make report"):
+        copied.table("table7")
+
+
 def test_a_baseline_that_diverged_is_a_row_less(copied):
     for table in ("table7.csv", "contrasts.csv"):
         path = copied.study_dir / "tables" / table

@@ -38,7 +38,7 @@ from effnet_lib import (
     update_ema,
 )
 from effnet_study.data.load import load_data
-from effnet_study.files import RunLocked
+from effnet_study.files import RunLocked, load_history
 from effnet_study.machine import can_compile
 from effnet_study.parallel import MICRO_BATCH, Group, ParallelTrainer
 from effnet_study.record import read_record
@@ -314,6 +314,12 @@ def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / "run.json").write_text('{"schema": 99}')
     with pytest.raises(ValueError, match="schema 99, expected 1"):
         read_record(tmp_path)
+
+
+def test_a_damaged_history_is_named(tmp_path):
+    (tmp_path / "history.jsonl").write_text('{"epoch": 1, "tr')
+    with pytest.raises(ValueError, match="history.jsonl is damaged .*; restore it"):
+        load_history(tmp_path)
 
 
 def test_a_failing_run_is_recorded_and_not_run_again(tmp_path, digits):

@@ -41,9 +41,9 @@ def label_ends(ax, points: Sequence[tuple[float, float, str]]) -> None:
 
 def draw_against_cost(ax, points: Mapping[str, tuple[float, Sequence[float]]], unit: str) -> None:
     """Draw (FLOPs, top-1 over seeds) of methods: a dot per seed, a tick at the mean, a bar for the 95 % interval, a
-    line for each way of scaling. A single seed is a hollow dot alone, so that it does not look sure. The x axis is
-    logarithmic, in millions or billions of FLOPs; ways of scaling stand 2.5 % apart on it, in the order of their cost,
-    so that bars of one budget do not cover each other."""
+    line for each way of scaling. What is matched is hollow; a single seed is a cross alone, because nothing is known
+    of its spread. The x axis is logarithmic, in millions or billions of FLOPs; ways of scaling stand 2.5 % apart on
+    it, in the order of their cost, so that bars of one budget do not cover each other."""
     lines = figure8_lines({method: flops for method, (flops, _) in points.items()})
     lines.sort(key=lambda line: points[line[-1]][0])
     places = {method: flops / UNITS[unit] for method, (flops, _) in points.items()}
@@ -58,17 +58,18 @@ def draw_against_cost(ax, points: Mapping[str, tuple[float, Sequence[float]]], u
     for method, (mean, low, high) in means.items():
         x, scores, shade = places[method], points[method][1], color(method)
         if method in single:
-            ax.plot(x, mean, "o", color=shade, mfc="white")
+            ax.plot(x, mean, "x", color=shade)
         else:
+            face = {"mfc": "white"} if method.endswith("_matched") else {"alpha": 0.5, "mew": 0}
             ax.plot([x, x], [low, high], color=shade)
-            ax.plot([x] * len(scores), scores, "o", color=shade, alpha=0.5, mew=0)
+            ax.plot([x] * len(scores), scores, "o", color=shade, **face)
             ax.plot(x, mean, "_", color=shade, ms=12, mew=2)
         if method not in unnamed:
             below = method == "baseline" and method not in single  # its label goes below its bar
             ends.append((x, low if below else mean, method))
     least, most = min(places.values()), max(places.values())
     ax.set(xscale="log", xlim=(least * 0.75, most * (1.3 * most / least) ** 0.4))
-    ax.set_xlabel(f"FLOPs ({unit} multiply-adds){'; hollow: one seed' if single else ''}")
+    ax.set_xlabel(f"FLOPs ({unit} multiply-adds){'; cross: one seed' if single else ''}")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
@@ -114,7 +115,7 @@ def draw_figure8(profile: Profile, points: Mapping[str, tuple[float, Sequence[fl
 
 
 def draw_matched(profile: Profile, points: Mapping[str, tuple[float, Sequence[float]]], done: pd.DataFrame):
-    """Draw the networks at compound's FLOPs. points: of `tables.figure8_points`."""
+    """Draw the networks at compound's FLOPs, hollow where they were matched. points: of `tables.figure8_points`."""
     at_compound = {m: point for m, point in points.items() if m.endswith(("_matched", "baseline", "compound"))}
     fig, ax = plt.subplots(figsize=(5, 3.8))
     draw_against_cost(ax, at_compound, "million")

@@ -38,7 +38,7 @@ from effnet_study.record import read_record
 DEFAULT = "pocket"  # the study that the committed documents are about
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # the fonts of the figures: typst has no sans-serif font
 BEGIN, END = "<!-- results: made by make report -->", "<!-- results: end -->"
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def make_figures(study: Study) -> dict[str, str]:
@@ -189,10 +189,10 @@ def write_all(study: Study, output: Path) -> list[str]:
 
 @app.command()
 def main(
-    study: Annotated[str, typer.Argument()] = DEFAULT,
-    results: Path = RESULTS,
-    output: Path = ROOT,
-    keep_figures: bool = False,
+    study: Annotated[str, typer.Argument(help="name or file of a profile")] = DEFAULT,
+    results: Annotated[Path, typer.Option(help="folder of results", show_default=False)] = RESULTS,
+    output: Annotated[Path, typer.Option(help="where README.md, report/ and poster/ go", show_default=False)] = ROOT,
+    keep_figures: Annotated[bool, typer.Option("--keep-figures", help="use tables and figures as they are")] = False,
 ) -> None:
     """Make tables and figures from the runs' records, under --results, then README, report, poster and page, under
     --output. The exit status is 1 if the analysis of a study failed."""

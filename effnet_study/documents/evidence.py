@@ -18,7 +18,7 @@ from effnet_study.analysis.recipes import load_pilots
 from effnet_study.analysis.statistics import SAME, SEEDS_TO_DECIDE
 from effnet_study.analysis.tables import extensions, kind_of
 from effnet_study.documents.templates import listed
-from effnet_study.files import NOTEBOOKS, RESULTS, plain
+from effnet_study.files import NOTEBOOKS, RESULTS, plain, read_table
 from effnet_study.methods import spoken
 from effnet_study.profile import Profile
 from effnet_study.record import read_record
@@ -87,7 +87,7 @@ class Study:
     def table(self, name: str) -> pd.DataFrame | None:
         """Return tables/NAME.csv. None if it is missing or without rows."""
         path = self.study_dir / "tables" / f"{name}.csv"
-        table = pd.read_csv(path) if path.is_file() else pd.DataFrame()
+        table = read_table(path) if path.is_file() else pd.DataFrame()
         return None if table.empty else table
 
     @property
