@@ -5,7 +5,6 @@ b0 to b7 are ours (effnet_lib). A few other networks are torchvision's, so that 
 
 import hashlib
 import io
-import pickle
 import re
 import reprlib
 import sys
@@ -42,13 +41,15 @@ def create_model(
     new_head: with pretrained, keep a new classifier, for other classes than those of the weights.
     ValueError if the weights do not fit; FileNotFoundError if the ImageNet weights cannot be fetched."""
     check_name(name)
-    weights = imagenet_weights(name) if pretrained is True else None if pretrained is False else pretrained
+    weights = None
+    if pretrained is not False:
+        weights = read_weights(imagenet_weights(name) if pretrained is True else pretrained)
+        weights = {PREFIX.sub("", key): value for key, value in weights.items()}
     if name not in VARIANTS:
         return _torchvision_model(name, num_classes, weights, new_head, **options)
     model = efficientnet(name, num_classes, **options)
     if weights is not None:
-        named = {_our_name(PREFIX.sub("", key)): value for key, value in read_weights(weights).items()}
-        load_weights(model, named, "classifier", new_head)
+        load_weights(model, {_our_name(key): value for key, value in weights.items()}, "classifier", new_head)
         set_torchvision_eps(model)
     return model
 
@@ -56,7 +57,7 @@ def create_model(
 def _torchvision_model(
     name: str,
     num_classes: int,
-    weights: Weights | None,
+    weights: Mapping[str, Tensor] | None,
     new_head: bool,
     *,
     stem_stride: int = 2,
@@ -80,8 +81,7 @@ def _torchvision_model(
     if weights is not None:
         # The file of DenseNet's weights has older names, which torchvision translates in the same way
         older = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
-        named = {older.sub(r"\1\2.", PREFIX.sub("", key)): value for key, value in read_weights(weights).items()}
-        load_weights(model, named, head, new_head)
+        load_weights(model, {older.sub(r"\1\2.", key): value for key, value in weights.items()}, head, new_head)
     if dropout:
         setattr(model, head, nn.Sequential(nn.Dropout(dropout), linear))
     for module in model.modules():
@@ -136,39 +136,35 @@ def imagenet_weights(name: str) -> Path:
                 f"the ImageNet weights of {name} are not at {path}, and fetching them failed ({type(error).__name__}: "
                 f"{error}). Put {url} there by hand, or do without pretrained weights"
             ) from None
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(expected):
         raise ValueError(f"{path} is damaged: its sha256 begins with {digest[:8]}, expected {expected}; delete it")
     return path
 
 
-class BadWeights(ValueError, pickle.UnpicklingError):
-    """A file is not a state dict, or is damaged. Pickled code is never executed."""
-
-
 def read_weights(source: Weights, sha256: str | None = None) -> Mapping[str, Tensor]:
     """Return the state dict of a file, or of a checkpoint that wraps one. The file is one of safetensors or torch.save.
+    Pickled code is never executed.
 
-    OSError if it cannot be read; BadWeights if there is no state dict in it, or it does not have the `sha256`."""
+    OSError if it cannot be read; ValueError if there is no state dict in it, or it does not have the `sha256`."""
     found, expected = source, "expected safetensors, or what torch.save(model.state_dict(), FILE) writes"
     if not isinstance(source, Mapping):
         body = Path(source).read_bytes()
         if sha256 not in (None, hashlib.sha256(body).hexdigest()):
-            raise BadWeights(f"{source} is damaged: its sha256 is not the recorded one; restore it")
+            raise ValueError(f"{source} is damaged: its sha256 is not the recorded one; restore it")
         try:  # a safetensors file begins with the length of its header, in eight bytes
             safe = body[8:9] == b"{"
             found = safetensors.torch.load(body) if safe else torch.load(io.BytesIO(body), "cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a torn or foreign file
             why = textwrap.shorten(f"{type(error).__name__}: {error}", 120)
-            raise BadWeights(f"{source} has no weights, or is damaged ({why}); {expected}") from None
+            raise ValueError(f"{source} has no weights, or is damaged ({why}); {expected}") from None
     for key in WRAPPERS * 2:  # one may be in another
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
-    kind = f"a dict of {reprlib.repr([*found])}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
     entries = found.items() if isinstance(found, Mapping) else ()
     if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
-        raise BadWeights(f"{'weights' if isinstance(source, Mapping) else source}: found {kind}; {expected}")
+        where = "weights" if isinstance(source, Mapping) else source
+        raise ValueError(f"{where}: found {reprlib.repr(found)}; {expected}")
     return found
 
 

@@ -332,9 +332,9 @@ DAMAGES = {
     "empty": (lambda body, path: b"", "weights.safetensors has no weights, or is damaged"),
     "a text": (lambda body, path: b"version https://git-lfs.github.com/spec/v1\n", "has no weights, or is damaged"),
     "a network": (lambda body, path: saved(nn.Linear(2, 2), path), "has no weights, or is damaged (UnpicklingError"),
-    "a list": (lambda body, path: saved([1, 2], path), "weights.safetensors: found a list; expected safetensors"),
-    "numbered": (lambda body, path: saved({1: torch.ones(2)}, path), "found a dict of [1]; expected safetensors"),
-    "a step count": (lambda body, path: saved({"step": 3}, path), "found a dict of ['step']; expected safetensors"),
+    "a list": (lambda body, path: saved([1, 2], path), "weights.safetensors: found [1, 2]; expected safetensors"),
+    "numbered": (lambda body, path: saved({1: torch.ones(2)}, path), "found {1: tensor([1., 1.])}; expected safetensors"),
+    "a step count": (lambda body, path: saved({"step": 3}, path), "found {'step': 3}; expected safetensors"),
     "another network": (lambda body, path: saved({"conv1.weight": torch.ones(2)}, path), "weights do not fit: Missing"),
     "a folder": (None, "Is a directory"),
 }

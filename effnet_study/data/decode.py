@@ -2,10 +2,9 @@
 
 The images of a data set are decoded once, to uint8 (N, size, size, 3), and kept as a memory map CACHE/NAME.npy. Beside
 it NAME.json has notes of the files and a checksum for every BLOCK of images. The name has a digest of the files' names,
-sizes and times; the notes have their inodes and times of status change. Files that differ are decoded again.
+sizes and times; the notes have one of their inodes and times of status change. Files that differ are decoded again.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -38,11 +37,8 @@ class DamagedImages(ValueError):
 
     def __init__(self, files: list[tuple[Path, str]], total: int):
         self.files = files
-        named = "; ".join(f"{path} ({reason})" for path, reason in files[:5])
-        more = f"; and {len(files) - 5} more" if len(files) > 5 else ""
-        super().__init__(
-            f"{len(files)} of {total} files cannot be read as an image: {named}{more}; repair or remove them"
-        )
+        named = "; ".join(f"{path} ({reason})" for path, reason in files[:5]) + "; ..." * (len(files) > 5)
+        super().__init__(f"{len(files)} of {total} files cannot be read as an image: {named}; repair or remove them")
 
 
 def digest(files: list[File], size: int) -> str:
@@ -67,17 +63,14 @@ class Decoded:
     path: Path | None = None  # of the cache
     source: tuple[Path, list[File]] | None = None  # folder and files that were decoded
 
-    def damaged_blocks(self, blocks: Iterable[int] | None = None, checks: list[int] | None = None) -> list[int]:
-        """List the damaged blocks, whose checksum differs, among `blocks` (default: all).
-
-        checks: what they should be (default: what they were when the images were decoded)."""
-        checks = self.notes["checks"] if checks is None else checks
-        blocks = range(len(checks)) if blocks is None else blocks
+    def damaged_blocks(self, blocks: Iterable[int], checks: list[int]) -> list[int]:
+        """List those of `blocks` whose checksum is not the one in `checks`."""
         return [b for b in blocks if zlib.crc32(self.images[b * BLOCK : (b + 1) * BLOCK]) != checks[b]]
 
     def stale_blocks(self) -> list[int]:
         """Decode the files again, and list the blocks that differ from them. Raises DamagedImages."""
-        return self.damaged_blocks(checks=_decode(*self.source, self.images.shape[1])["checks"])
+        checks = _decode(*self.source, self.images.shape[1])["checks"]
+        return self.damaged_blocks(range(len(checks)), checks)
 
 
 def load_images(folder: Path, files: list[File], size: int, cache: Path, name: str) -> Decoded:
@@ -100,13 +93,8 @@ def load_images(folder: Path, files: list[File], size: int, cache: Path, name: s
 
 
 def _write(path: Path, folder: Path, files: list[File], size: int) -> None:
-    """Decode images into the cache at `path`. Remove what is of no more use first, because it takes room.
-
-    That is what a killed process left, and caches of the same name and size that were made of other files. Copies of a
-    folder can take turns: the notes keep the identities of all files that gave the same pixels."""
-    before = {}
-    with contextlib.suppress(OSError, ValueError):
-        before = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    """Decode images into the cache at `path`. Remove what is of no more use first, because it takes room: what a killed
+    process left, and caches of the same name and size that were made of other files."""
     for old in path.parent.iterdir():
         if old.name.removeprefix(".").startswith(path.stem[:-32]):
             old.unlink(missing_ok=True)
@@ -122,8 +110,7 @@ def _write(path: Path, folder: Path, files: list[File], size: int) -> None:
             notes.update(_decode(folder, files, size, stream))
 
     replace_file(path, write)
-    same = before.get("identities", []) if before.get("checks") == notes["checks"] else []
-    notes |= {"identities": [*same[-99:], identity(files)], "written": path.stat().st_mtime_ns}
+    notes |= {"identities": [identity(files)], "written": path.stat().st_mtime_ns}
     write_json(path.with_suffix(".json"), notes)
 
 
@@ -172,11 +159,11 @@ def _open(path: Path, folder: Path, files: list[File]) -> Decoded | None:
         return None
     try:
         notes = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        kept = Decoded(np.load(path, mmap_mode="r"), notes, path, (folder, files))
-        count = len(notes["checks"])
-        untouched = notes["written"] == path.stat().st_mtime_ns
-        some = {round((count - 1) * i / 7) for i in range(8)} if untouched else None
-        if count != -(-len(kept.images) // BLOCK) or kept.damaged_blocks(some):
+        kept, checks = Decoded(np.load(path, mmap_mode="r"), notes, path, (folder, files)), notes["checks"]
+        blocks = range(len(checks))
+        if notes["written"] == path.stat().st_mtime_ns:
+            blocks = {round((len(checks) - 1) * i / 7) for i in range(8)}
+        if len(checks) != -(-len(kept.images) // BLOCK) or kept.damaged_blocks(blocks, checks):
             raise ValueError("its pixels have changed")
         return kept if identity(files) in notes.get("identities", []) else None
     except (ValueError, KeyError, EOFError, FileNotFoundError) as error:

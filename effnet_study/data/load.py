@@ -36,12 +36,8 @@ def class_count(name: str) -> int:
 
 
 def load_data(name: str, root: Place = None, *, download: bool = True, cache: Place = None, **settings) -> ImageData:
-    """Load a data set: one of NAMES. `settings` are those of DataSettings.
-
-    root: where data lies (default: see `data_root`). download: fetch a missing data set that has a public address.
-    cache: where images are kept decoded (default: $EFFNET_CACHE, else cache/ in root).
-
-    PATH of folder:PATH is absolute, or relative to root or to the working folder.
+    """Load a data set: one of NAMES. `settings` are those of DataSettings. PATH of folder:PATH is absolute, or relative
+    to root or to the working folder. download: fetch a missing data set that has a public address.
 
     Raises ValueError for bad arguments, damaged copies and damaged images (which it names), FileNotFoundError for
     missing data with the places tried and what to do."""
@@ -53,8 +49,11 @@ def load_data(name: str, root: Place = None, *, download: bool = True, cache: Pl
         print(source.describe(), flush=True)
     indices = _split(settings, source)  # so every error in the settings comes before anything is decoded
     if source.decoded is None:
-        cache = Path(cache or os.environ.get("EFFNET_CACHE") or root / "cache").expanduser()
-        name = _cache_name(settings, source)
+        cache, name = Path(cache or os.environ.get("EFFNET_CACHE") or root / "cache").expanduser(), settings.kind
+        if name == "folder":
+            place = hashlib.blake2b(os.fsencode(source.folder.absolute()), digest_size=4).hexdigest()
+            name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', source.folder.name)}-{place}"
+        name += "" if settings.classes is None else f"-{settings.classes}"
         source.decoded = load_images(source.folder, source.files, settings.size, cache, name)
     fingerprint, mean, std = _measured(source, indices)
     with warnings.catch_warnings():
@@ -77,14 +76,6 @@ def load_data(name: str, root: Place = None, *, download: bool = True, cache: Pl
         files=[file[0] for file in source.files],
         streamed=images.nbytes > memory() // 2,
     )
-
-
-def _cache_name(settings: DataSettings, source: Source) -> str:
-    name = settings.kind
-    if name == "folder":
-        place = hashlib.blake2b(os.fsencode(source.folder.absolute()), digest_size=4).hexdigest()
-        name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', source.folder.name)}-{place}"
-    return name if settings.classes is None else f"{name}-{settings.classes}"
 
 
 def _find(settings: DataSettings, root: Path, download: bool) -> Source:
@@ -129,30 +120,19 @@ def _split(settings: DataSettings, source: Source) -> dict[str, np.ndarray]:
     count, labels, parts = len(source.classes[: settings.classes]), np.array(source.labels), np.array(source.parts)
     if settings.classes is not None and settings.classes > count:
         raise ValueError(f"classes: {settings.name} has {count}, got {settings.classes!r}")
-
-    def check(**split: np.ndarray) -> None:
-        for part, index in split.items():
-            if empty := sorted(set(range(count)) - set(labels[index])):
-                kinds = " (a file that ends in .jpg, .png or another way that Pillow knows)" if source.folder else ""
-                raise ValueError(
-                    f"{settings.name}: class {source.classes[empty[0]]!r} has no image in {part}{kinds}; it needs some "
-                    "in every split. Larger shares for minival and test help rare classes: minival=0.3 test=0.3"
-                )
+    larger = "Larger shares for minival and test help rare classes: minival=0.3 test=0.3"
 
     def hold_out(part: str, fraction: float) -> list[np.ndarray]:
-        options = {"test_size": fraction, "random_state": SPLIT_SEED, "stratify": labels[train]}
         try:
-            return train_test_split(train, **options)
+            return train_test_split(train, test_size=fraction, random_state=SPLIT_SEED, stratify=labels[train])
         except ValueError as error:
             images = np.bincount(labels[train], minlength=count)
-            rarest = f"class {source.classes[images.argmin()]!r} has {images.min()} of {settings.name}'s {len(train)}"
+            rarest = f"class {source.classes[images.argmin()]!r} has {images.min()} of {len(train)} images"
             raise ValueError(
-                f"{part}: cannot hold out {fraction} of each class: {error} {rarest} training images. Add images, or "
-                "hold out a larger share of each class: minival=0.3 test=0.3"
+                f"{part}: cannot hold out {fraction} of each class of {settings.name}: {error} {rarest}. {larger}"
             ) from None
 
     train, minival, test = (np.flatnonzero((labels < count) & (parts == part)) for part in (TRAIN, MINIVAL, TEST))
-    check(train=train)
     if not source.test_given:
         train, test = hold_out("test", settings.test or 0.2)
         train = np.sort(train)
@@ -163,7 +143,12 @@ def _split(settings: DataSettings, source: Source) -> dict[str, np.ndarray]:
     if settings.train_per_class is not None:
         train = np.concatenate([train[labels[train] == c][: settings.train_per_class] for c in range(count)])
     split = {"train": np.sort(train), "minival": np.sort(minival), "test": np.sort(test)}
-    check(**split)
+    for part, index in split.items():
+        if empty := sorted(set(range(count)) - set(labels[index])):
+            raise ValueError(
+                f"{settings.name}: class {source.classes[empty[0]]!r} has no image in {part} (a file that ends in "
+                f".jpg, .png or another way that Pillow knows); it needs some in every split. {larger}"
+            )
     return split
 
 
