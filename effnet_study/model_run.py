@@ -72,11 +72,10 @@ def plan_model(
     pixels: int | None = None,
     changes: Mapping[str, object] | None = None,
 ) -> ModelRun:
-    """Plan a network by name on a data set, by the recipe of a profile with some settings changed.
+    """Plan a network by name on a data set. ValueError for anything unknown.
 
     dataset: a profile, for its data and recipe, or the name of a data set (as in load_data), for which the recipe is
     PLAIN_RECIPE. pixels: of the network's input. changes: to the recipe, or to the data, such as minival and test.
-    ValueError for anything unknown.
     """
     changes = dict(changes or {})
     images = {key: changes.pop(key) for key in DataSettings.model_fields.keys() - {"name"} if key in changes}
@@ -104,7 +103,7 @@ def _plain_profile(model: str, dataset: str, seed: int, pixels: int | None, trai
     title = name = dataset
     if dataset not in SIZES:
         path = Path(dataset.partition(":")[2]).expanduser()
-        path = Path(os.path.realpath(next((p for p in (data_root() / path, path) if p.is_dir()), path)))
+        path = next((p for p in (data_root() / path, path) if p.is_dir()), path).resolve()
         title = plain(path.name) or "folder"
         name = re.sub(r"[^\w.\x80-\U0010ffff-]+", "-", title).lstrip("-._") or "folder"
         place = hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()

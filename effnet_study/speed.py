@@ -1,8 +1,7 @@
 """Benchmarks: training steps of our network and its peers, the input path, and the time that a run will take.
 
-06_throughput and 07_models use this, and `effnet plan`. Networks are measured side by side: each has a process of its
-own, one works at a time and then gives its memory back, and the order changes every round, so that a slow minute of the
-machine hits all of them.
+Networks are measured side by side: each has a process of its own, one works at a time and then gives its memory back,
+and the order changes every round, so that a slow minute of the machine hits all of them.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -27,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from effnet_lib import TABLE7, EfficientNet, Scaling, TrainConfig, Trainer, autocast
+from effnet_lib import TABLE7, EfficientNet, Scaling, TrainConfig, autocast
 from effnet_study.data.load import load_data
 from effnet_study.execution.notebook import run_notebook
 from effnet_study.files import RESULTS
@@ -50,16 +49,16 @@ class Contender:
     keep_memory: bool = True  # a peer's process keeps freed memory; ours always does
     compiled: bool = False
 
-    def parts(self, device: torch.device) -> tuple[dict[str, Callable[[], object]], int]:
-        """Build the network. Return what is timed and the micro-batch: forward; gradient (forward and backward); step
-        (gradient and optimizer, ours with the moving average). No call waits for the device.
+    def parts(self, device: torch.device) -> dict[str, Callable[[], object]]:
+        """Build the network. Return what is timed: forward; gradient (forward and backward); step (gradient and
+        optimizer, ours with the moving average). No call waits for the device.
 
         Images are random, there are 1000 classes, the optimizer is SGD with momentum, a GPU uses mixed precision."""
         # Compiling imports this module, which warns of a CUDA toolkit without a GPU in the middle of the notebook
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         images = torch.randn(self.batch_size, 3, self.resolution, self.resolution, device=device)
         images = images.contiguous(memory_format=self.layout)
-        labels, micro_batch = torch.randint(1000, (self.batch_size,), device=device), self.batch_size
+        labels = torch.randint(1000, (self.batch_size,), device=device)
 
         def forward() -> Tensor:
             with autocast("auto", device):
@@ -74,41 +73,36 @@ class Contender:
             optimizer.zero_grad(set_to_none=True)
 
         if self.source == "ours":
-            trainer = self._trainer(device)
-            model, optimizer, micro_batch = trainer.model, trainer.optimizer, trainer.micro_batch
+            size = {"resolution": self.resolution, "batch_size": self.batch_size}
+            config = TrainConfig(**size, optimizer="sgd", lr=0.01, compile="always" if self.compiled else "never")
+            model = EfficientNet(self.scaling, 1000, **config.model_options())
+            trainer = prepare_trainer(model, config, device, accelerated=self.accelerated)
+            model, optimizer = trainer.model, trainer.optimizer
             backward = partial(trainer.backward, images, labels)
             step = partial(trainer.step, images, labels, epoch=0, step=1, steps=10**6)
         else:
-            model, optimizer = self._peer(device)
+            model = self._peer().train().to(device, memory_format=self.layout)
+            if device.type == "cuda":
+                torch.backends.cudnn.benchmark = True
+            elif self.keep_memory:
+                keep_freed_memory()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+            model = torch.compile(model) if self.compiled else model
 
         def gradient() -> None:
             backward()
             optimizer.zero_grad(set_to_none=True)
 
-        return {"forward": forward, "gradient": gradient, "step": step}, micro_batch
+        return {"forward": forward, "gradient": gradient, "step": step}
 
-    def _trainer(self, device: torch.device) -> Trainer:
-        size = {"resolution": self.resolution, "batch_size": self.batch_size}
-        config = TrainConfig(**size, optimizer="sgd", lr=0.01, compile="always" if self.compiled else "never")
-        model = EfficientNet(self.scaling, 1000, **config.model_options())
-        return prepare_trainer(model, config, device, accelerated=self.accelerated)
-
-    def _peer(self, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def _peer(self) -> nn.Module:
         if self.source == "timm":
             from timm import create_model
 
-            model = create_model("efficientnet_b0", drop_rate=0.2, drop_path_rate=0.2)
-        else:
-            from torchvision.models import get_model
+            return create_model("efficientnet_b0", drop_rate=0.2, drop_path_rate=0.2)
+        from torchvision.models import get_model
 
-            model = get_model("efficientnet_b0", weights=None)
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-        elif self.keep_memory:
-            keep_freed_memory()
-        model = model.train().to(device, memory_format=self.layout)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        return torch.compile(model) if self.compiled else model, optimizer
+        return get_model("efficientnet_b0", weights=None)
 
 
 def measure(
@@ -117,8 +111,7 @@ def measure(
     """Time the contenders side by side.
 
     Returns a table of times (contender, round, part, and the seconds of one call, the mean of `repeat`), and a table of
-    contenders (the index): first_step_seconds, with all compiling; peak_memory_GiB; micro_batch. RuntimeError names a
-    contender that fails."""
+    contenders (the index): first_step_seconds, with all compiling; peak_memory_GiB; micro_batch."""
     spawn, order, threads = multiprocessing.get_context("spawn"), random.Random(0), torch.get_num_threads()
     rows, about = [], {}
     with contextlib.ExitStack() as stack:
@@ -152,19 +145,19 @@ def time_part(contender: Contender, device: str, threads: int, part: str, repeat
     device = torch.device(device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     torch.set_num_threads(threads)
-    parts, micro_batch = built(contender, device)
+    call = built(contender, device)[part]
     if warm:
-        parts[part]()
+        call()
     wait()
     begin = time.perf_counter()
     for _ in range(repeat):
-        parts[part]()
+        call()
     wait()
     seconds = (time.perf_counter() - begin) / repeat
     torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError, TypeError):  # there is no glibc
         ctypes.CDLL(None).malloc_trim(0)
-    return {"seconds": seconds, "peak_memory_GiB": peak_memory(device) / 2**30, "micro_batch": micro_batch}
+    return {"seconds": seconds, "peak_memory_GiB": peak_memory(device) / 2**30, "micro_batch": contender.batch_size}
 
 
 # ---- 2. Input ------------------------------------------------------------------------------------------------------
@@ -206,16 +199,9 @@ def measure_input(px: int, device: torch.device, batch_size: int, rounds: int, l
         decoded = ImageFolder(files.root, field, loader=partial(_from_memory, pixels))
         options = {"batch_size": batch_size, "shuffle": True, "drop_last": True, "num_workers": 2}
         options |= {"persistent_workers": True, "pin_memory": device.type == "cuda"}
-
-        def peer(loader: DataLoader) -> Iterator[Tensor]:
-            return (images.to(device, non_blocking=True) for images, _ in loader)
-
-        def ours(config: TrainConfig) -> Iterator[Tensor]:
-            return (images for images, _ in data.train_batches(config, 0))
-
         passes = {
-            f"PIL, {name}, 2 workers": partial(peer, DataLoader(dataset, **options))
-            for name, dataset in {"JPEG files": files, "images in memory": decoded}.items()
+            "PIL, JPEG files, 2 workers": partial(iter, DataLoader(files, **options)),
+            "PIL, images in memory, 2 workers": partial(iter, DataLoader(decoded, **options)),
         }
         for name, changes in {
             "crop and flip": {},
@@ -223,13 +209,15 @@ def measure_input(px: int, device: torch.device, batch_size: int, rounds: int, l
             "crop, flip, RandAugment": {"randaugment": 9},
             "crop, flip, mixup, CutMix": {"mixup": 0.2, "cutmix": 1.0},
         }.items():
-            passes[f"ours: {name}"] = partial(ours, TrainConfig(resolution=px, batch_size=batch_size, **changes))
+            config = TrainConfig(resolution=px, batch_size=batch_size, **changes)
+            passes[f"ours: {name}"] = partial(data.train_batches, config, 0)
         rows, order = [], random.Random(0)
         for turn in range(rounds + 1):  # the first one warms up
             for name in order.sample(list(passes), len(passes)):
                 images, begin, seconds = 0, time.perf_counter(), 0.0
                 while not images or seconds < least:
-                    images += sum(len(batch) for batch in passes[name]())
+                    for batch, _ in passes[name]():
+                        images += len(batch.to(device, non_blocking=True))
                     if device.type == "cuda":
                         torch.cuda.synchronize()
                     seconds = time.perf_counter() - begin
@@ -242,10 +230,8 @@ def measure_input(px: int, device: torch.device, batch_size: int, rounds: int, l
 
 
 def estimate_seconds(model: nn.Module, data, config: TrainConfig, device: torch.device, budget: float = 10) -> float:
-    """Estimate the seconds that `training.train` will take here, scoring included, from a few steps.
-
-    It takes as many steps as `budget` seconds allow: at least two, on a GPU at least eight, because the first ones
-    compile and choose kernels."""
+    """Estimate the seconds that `training.train` will take here, scoring included, from as many steps as `budget`
+    seconds allow: at least two, on a GPU at least eight, because the first ones compile and choose kernels."""
     begin, least = time.perf_counter(), 8 if device.type == "cuda" else 2
     trainer, data = prepare_trainer(model, config, device), data.to(device)
     steps, marks = data.counts["train"] // config.batch_size, []

@@ -95,7 +95,7 @@ def test_contenders_are_timed_in_turns_and_the_first_round_is_left_out(monkeypat
             begun.append(contender.batch_size)
             clock[0] += contender.batch_size
 
-        return {"step": step}, contender.batch_size
+        return {"step": step}
 
     monkeypatch.setattr(speed, "ProcessPoolExecutor", Process)
     monkeypatch.setattr(speed, "built", parts)
@@ -114,11 +114,11 @@ def test_contenders_are_timed_in_turns_and_the_first_round_is_left_out(monkeypat
 )
 def test_a_step_of_a_contender_trains_and_a_gradient_does_not(source, kernels, layout):
     contender = Contender(source, resolution=32, batch_size=2, layout=layout)
-    parts, micro_batch = contender.parts(torch.device("cpu"))
+    parts = contender.parts(torch.device("cpu"))
     used = [cell.cell_contents for cell in parts["forward"].__closure__]
     (model,), (images,) = ([x for x in used if isinstance(x, kind)] for kind in (nn.Module, torch.Tensor))
     assert images.is_contiguous(memory_format=layout)
-    assert micro_batch == 2 and parts["forward"]().shape == (2, 1000)
+    assert parts["forward"]().shape == (2, 1000)
     assert kernels <= {type(module) for module in model.modules()}
     before = [p.clone() for p in model.parameters()]
     parts["gradient"]()
