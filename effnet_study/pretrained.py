@@ -44,12 +44,16 @@ def create_model(
     weights = None
     if pretrained is not False:
         weights = read_weights(imagenet_weights(name) if pretrained is True else pretrained)
-        weights = {PREFIX.sub("", key): value for key, value in weights.items()}
     if name not in VARIANTS:
         return _torchvision_model(name, num_classes, weights, new_head, **options)
     model = efficientnet(name, num_classes, **options)
     if weights is not None:
-        load_weights(model, {_our_name(key): value for key, value in weights.items()}, "classifier", new_head)
+        from torchvision.models import get_model
+
+        with torch.device("meta"):  # torchvision's network has the same tensors in the same order
+            theirs = get_model(f"efficientnet_{name}", weights=None).state_dict()
+        ours = dict(zip(theirs, model.state_dict(), strict=True))
+        load_weights(model, {ours.get(key, key): value for key, value in weights.items()}, "classifier", new_head)
         set_torchvision_eps(model)
     return model
 
@@ -165,7 +169,7 @@ def read_weights(source: Weights, sha256: str | None = None) -> Mapping[str, Ten
     if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
         where = "weights" if isinstance(source, Mapping) else source
         raise ValueError(f"{where}: found {reprlib.repr(found)}; {expected}")
-    return found
+    return {PREFIX.sub("", key): value for key, value in found.items()}
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], head: str = "", new_head: bool = False) -> None:
@@ -186,19 +190,3 @@ def set_torchvision_eps(model: EfficientNet) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 1e-3 if (model.scaling.depth, model.scaling.width) in large else 1e-5
-
-
-def _our_name(key: str) -> str:
-    """Translate features.0.1.bias to stem.norm.bias, features.4.2.block.3.0.bias to stages.3.2.project.conv.bias."""
-    if key.startswith("classifier.1."):
-        return key.replace("classifier.1.", "classifier.")
-    match = re.fullmatch(r"features\.(\d+)\.(?:(\d+)\.block\.(\d+)\.)?(\w+)\.(\w+)", key)
-    if match is None:
-        return key
-    stage, block, part, layer, leaf = match.groups()
-    if block is None:
-        return f"{'stem' if stage == '0' else 'head'}.{('conv', 'norm')[int(layer)]}.{leaf}"
-    # Blocks of the first stage do not expand, so torchvision numbers their parts from the depthwise one
-    name = ("expand", "depthwise", "se", "project")[int(part) + (stage == "1")]
-    layer = {"fc1": "reduce", "fc2": "expand", "0": "conv", "1": "norm"}[layer]
-    return f"stages.{int(stage) - 1}.{block}.{name}.{layer}.{leaf}"

@@ -1,6 +1,5 @@
 """Image files: which there are in a folder, and the pixels of one as 8-bit RGB."""
 
-import functools
 import io
 import os
 import warnings
@@ -24,13 +23,6 @@ SYSTEM |= {"thumbs.db", "desktop.ini"}
 File = tuple[str, int, int, int, int]
 
 
-@functools.cache
-def suffixes() -> frozenset[str]:
-    """Return the endings of images, in lower case: those of all formats that the installed Pillow can open."""
-    known = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, kind in known if kind in Image.OPEN and kind not in NO_IMAGES)
-
-
 def is_hidden(name: str) -> bool:
     """True for files and folders that systems or programs put beside images."""
     return name.startswith(".") or name.lower() in SYSTEM
@@ -42,10 +34,11 @@ def kind_of(name: str) -> str:
 
 
 def scan(folder: Path, under: str, left_out: Counter | None = None) -> list[File]:
-    """List the images in folder/under, at any depth, sorted by path. Count in `left_out` what is not listed, by kind.
-
-    The list is empty if there is no such folder."""
+    """List the images in folder/under, at any depth, sorted by path: files with the ending of a format that Pillow can
+    open. Count in `left_out` what is not listed, by kind. The list is empty if there is no such folder."""
     found, left_out = [], Counter() if left_out is None else left_out
+    formats = Image.registered_extensions().items()
+    suffixes = {suffix for suffix, kind in formats if kind in Image.OPEN and kind not in NO_IMAGES}
 
     def unreadable(error: OSError) -> None:
         left_out[f"{error.filename} ({error.strerror})"] += 1
@@ -54,7 +47,7 @@ def scan(folder: Path, under: str, left_out: Counter | None = None) -> list[File
         left_out.update(kind_of(name) for name in folders if is_hidden(name))
         folders[:] = [name for name in folders if not is_hidden(name)]
         for name in names:
-            if is_hidden(name) or os.path.splitext(name)[1].lower() not in suffixes():
+            if is_hidden(name) or os.path.splitext(name)[1].lower() not in suffixes:
                 left_out[kind_of(name)] += 1
                 continue
             file = os.path.join(place, name)

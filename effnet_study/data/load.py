@@ -17,7 +17,7 @@ import torch
 from effnet_study.data.archives import provide
 from effnet_study.data.dataset import ImageData
 from effnet_study.data.decode import BLOCK, load_images
-from effnet_study.data.sources import CLASS_COUNTS, DATA_SETS, MINIVAL, TEST, TRAIN, DataSettings, Place, Source
+from effnet_study.data.sources import DATA_SETS, MINIVAL, TEST, TRAIN, DataSettings, Place, Source
 from effnet_study.files import ROOT, write_json
 from effnet_study.machine import memory
 
@@ -29,12 +29,6 @@ def data_root(root: Place = None) -> Path:
     return Path(root or os.environ.get("EFFNET_DATA") or ROOT / "data").expanduser()
 
 
-def class_count(name: str) -> int:
-    """Return how many classes a data set has. For a folder, count them without reading images."""
-    settings = DataSettings(name=name)
-    return CLASS_COUNTS.get(settings.kind) or len(_find(settings, data_root(), download=False).classes)
-
-
 def load_data(name: str, root: Place = None, *, download: bool = True, cache: Place = None, **settings) -> ImageData:
     """Load a data set: one of NAMES. `settings` are those of DataSettings. PATH of folder:PATH is absolute, or relative
     to root or to the working folder. download: fetch a missing data set that has a public address.
@@ -44,7 +38,7 @@ def load_data(name: str, root: Place = None, *, download: bool = True, cache: Pl
     settings, root = DataSettings(name=name, **settings), data_root(root)
     known = DATA_SETS[settings.kind]
     settings = settings.replace(size=settings.size or known.size)
-    source = _find(settings, root, download)
+    source = find_source(settings, root, download)
     if source.layout or source.left_out:
         print(source.describe(), flush=True)
     indices = _split(settings, source)  # so every error in the settings comes before anything is decoded
@@ -78,15 +72,14 @@ def load_data(name: str, root: Place = None, *, download: bool = True, cache: Pl
     )
 
 
-def _find(settings: DataSettings, root: Path, download: bool) -> Source:
-    """Find a data set's folder, or fetch it, and read what is in it. Raise an error if the copy is not complete."""
+def find_source(settings: DataSettings, root: Path, download: bool = False) -> Source:
+    """Find a data set's folder, or fetch it, and list what is in it. Raise an error if the copy is not complete."""
     known, path = DATA_SETS[settings.kind], Path(settings.name.partition(":")[2]).expanduser()
     if settings.kind == "folder":
-        tried = [path] if path.is_absolute() else [root / path, path]
-        folder = next((place for place in tried if place.is_dir()), None)
-        if folder is None:
+        folder = root / path if (root / path).is_dir() else path
+        if not folder.is_dir():
             raise FileNotFoundError(
-                f"{settings.name}: no such folder; tried {' and '.join(str(place.absolute()) for place in tried)}. "
+                f"{settings.name}: no such folder; tried {(root / path).absolute()} and {path.absolute()}. "
                 "Put the images there, or set $EFFNET_DATA to the folder that holds it"
             )
     elif known.archive is not None:
