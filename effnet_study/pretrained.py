@@ -36,8 +36,7 @@ def create_model(
     """Build b0 to b7, or one of TORCHVISION_MODELS, by name. `options` are those of `EfficientNet`.
 
     pretrained: True for torchvision's ImageNet weights, or other weights: a state dict with torchvision's names or
-        ours, or a file with one (safetensors or torch.save), also inside a checkpoint of another project. Batch norm
-        gets torchvision's eps.
+        ours, or a file with one (safetensors or torch.save), also inside a checkpoint of another project.
     new_head: with pretrained, keep a new classifier, for other classes than those of the weights.
     ValueError if the weights do not fit; FileNotFoundError if the ImageNet weights cannot be fetched."""
     check_name(name)

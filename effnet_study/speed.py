@@ -140,8 +140,7 @@ built = cache(Contender.parts)  # each contender once in its process
 
 def time_part(contender: Contender, device: str, threads: int, part: str, repeat: int, warm: bool) -> dict[str, float]:
     """Time calls of a part in this process, which is the contender's. Then give its memory back, for the others.
-
-    warm: call it once before the measurement. Another process had the caches until now."""
+    warm: call it once before the measurement, because another process had the caches until now."""
     device = torch.device(device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     torch.set_num_threads(threads)
@@ -175,13 +174,9 @@ def _write_tiles(folder: Path, px: int) -> None:
             Image.fromarray(photograph[y : y + px, x : x + px]).save(folder / name / f"{number}.jpg", quality=90)
 
 
-def _from_memory(images: Mapping[str, np.ndarray], path: str) -> Image.Image:
-    return Image.fromarray(images[path])  # as torchvision's CIFAR10 does
-
-
 def measure_input(px: int, device: torch.device, batch_size: int, rounds: int, least: float) -> pd.DataFrame:
-    """Time the input path alone, from stored images to batches for training on the device, side by side: a random
-    resized crop and flip by PIL in a DataLoader and by ours, and ours with other augmentations.
+    """Time the input path alone, from stored images to batches for training on the device: a random resized crop and
+    flip by PIL in a DataLoader and by ours, and ours with other augmentations.
 
     Returns columns path, round, images_per_second; a measurement is at least one pass and `least` seconds."""
     from torchvision import transforms
@@ -196,7 +191,8 @@ def measure_input(px: int, device: torch.device, batch_size: int, rounds: int, l
         field = transforms.Compose([*crop, transforms.ToTensor(), normalise])
         files = ImageFolder(Path(place) / "tiles", field)
         pixels = {path: np.asarray(Image.open(path)) for path, _ in files.samples}
-        decoded = ImageFolder(files.root, field, loader=partial(_from_memory, pixels))
+        from_memory = transforms.Compose([transforms.ToPILImage(), field])
+        decoded = ImageFolder(files.root, from_memory, loader=pixels.get)
         options = {"batch_size": batch_size, "shuffle": True, "drop_last": True, "num_workers": 2}
         options |= {"persistent_workers": True, "pin_memory": device.type == "cuda"}
         passes = {
@@ -256,8 +252,7 @@ def estimate_seconds(model: nn.Module, data, config: TrainConfig, device: torch.
 def bench(
     results: str | Path | None = None, *, device: str | None = None, rounds: int = 15, models: bool = False
 ) -> None:
-    """Execute 06_throughput on this device, or 07_models, and print its tables, which lie in
-    RESULTS/throughput/DEVICE/."""
+    """Execute 06_throughput on this device, or 07_models, and print its tables."""
     kind = choose_device(device)
     folder, notebook = throughput_folder(kind, results), "07_models" if models else "06_throughput"
     parameters = {"device": kind.type, "results": results and str(Path(results).absolute())}

@@ -49,8 +49,7 @@ def digest(files: list[File], size: int) -> str:
 
 
 def identity(files: list[File]) -> str:
-    """Return a digest of the inodes and times of status change. Files that swap places, or are written to while their
-    size and time are kept, change it."""
+    """Return a digest of the inodes and times of status change. It shows files that have swapped places."""
     return hashlib.blake2b(repr([file[3:] for file in files]).encode(), digest_size=16).hexdigest()
 
 
@@ -115,10 +114,8 @@ def _write(path: Path, folder: Path, files: list[File], size: int) -> None:
 
 
 def _decode(folder: Path, files: list[File], size: int, stream: BinaryIO | None = None) -> dict:
-    """Decode all images on all cores, and write their pixels to `stream`, from where it stands, if there is one.
-
-    Returns notes: counts of the files' sizes and modes, and the checks of the blocks. Raises DamagedImages at the end.
-    """
+    """Decode all images on all cores, and write their pixels to `stream`, from where it stands, if there is one. Return
+    counts of the files' sizes and modes, and the checks of the blocks. Raises DamagedImages at the end."""
     names, found, damaged = [file[0] for file in files], [], []
     begin, lock = stream and stream.tell(), threading.Lock()
 
@@ -153,7 +150,6 @@ def _decode(folder: Path, files: list[File], size: int, stream: BinaryIO | None 
 
 def _open(path: Path, folder: Path, files: list[File]) -> Decoded | None:
     """Open the cache at `path`. None if it is not there, or made of other files, or, with a warning, if it is damaged.
-
     If the file was written to since it was made, all blocks are checked. Otherwise eight are, which takes no time."""
     if not path.with_suffix(".json").exists():
         return None

@@ -146,8 +146,8 @@ def _split(settings: DataSettings, source: Source) -> dict[str, np.ndarray]:
 
 
 def _measured(source: Source, split: dict[str, np.ndarray]) -> tuple[str, list[float], list[float]]:
-    """Return the fingerprint of images, labels and split, and mean and standard deviation of the training images per
-    channel. They need all pixels, so the cache keeps them."""
+    """Return the fingerprint of images, labels and split, and each channel's mean and standard deviation over the
+    training images. They need all pixels, so the cache keeps them."""
     digest, labels = hashlib.blake2b(digest_size=16), np.array(source.labels)
     for part, index in split.items():
         digest.update(part.encode() + index.astype("<i8").tobytes())

@@ -104,8 +104,8 @@ class Source:
 
 
 # ---- 2. Readers ----------------------------------------------------------------------------------------------------
-# A reader takes the settings and the data set's folder, and returns a Source. It need not check that a copy with an
-# archive is complete: whatever it raises, and a wrong number of images, are reported with the way to get a good copy.
+# A reader takes the settings and the data set's folder, and returns a Source. Whatever it raises, and a wrong number of
+# images, are reported with the way to get a good copy.
 
 
 def _read_digits(settings: DataSettings, folder: Path) -> Source:
@@ -188,10 +188,8 @@ def _list_imagenet(settings: DataSettings, folder: Path) -> Source:
 
 
 def _list_folder(settings: DataSettings, folder: Path) -> Source:
-    """List train/CLASS/ and test/CLASS/ (or val/; with both, val is the minival), or CLASS/ alone.
-
-    SPLITS has the other names of these folders. Classes are folders, sorted by name. Their images may lie deeper, but
-    not in several folders alone, because these can be the classes."""
+    """List train/CLASS/ and test/CLASS/ (or val/; with both, val is the minival), or CLASS/ alone. A class's images may
+    lie deeper, but not in several folders alone, because these can be the classes."""
     names = [name for name in _folders(folder) if name.lower() in SPLITS]
     found = {SPLITS[name.lower()]: name for name in names}
     if names and (TRAIN not in found or len(found) == 1 or len(found) < len(names)):
