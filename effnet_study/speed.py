@@ -228,14 +228,16 @@ def measure_input(px: int, device: torch.device, batch_size: int, rounds: int, l
 def estimate_seconds(model: nn.Module, data, config: TrainConfig, device: torch.device, budget: float = 10) -> float:
     """Estimate the seconds that `training.train` will take here, scoring included, from as many steps as `budget`
     seconds allow: at least two, on a GPU at least eight, because the first ones compile and choose kernels."""
-    begin, least = time.perf_counter(), 8 if device.type == "cuda" else 2
+    marks, least = [time.perf_counter()], 8 if device.type == "cuda" else 2
     trainer, data = prepare_trainer(model, config, device), data.to(device)
-    steps, marks = data.counts["train"] // config.batch_size, []
+    steps = data.counts["train"] // config.batch_size
     for step, (images, labels) in enumerate(data.train_batches(config, 0)):
         trainer.step(images, labels, 0, step, steps).item()  # waits for the device
         marks.append(time.perf_counter())
-        if step + 1 >= least and marks[-1] - marks[0] > 0.8 * budget:
+        if step + 1 >= least and marks[-1] - marks[1] > 0.8 * budget:
             break
+    first, *others = np.diff(marks)
+    per_step = np.median(others or [first])
     trainer.ema.eval()
     images, _ = next(data.eval_batches("minival", config.resolution, 256))
     with torch.no_grad(), autocast(config.precision, device):
@@ -243,8 +245,6 @@ def estimate_seconds(model: nn.Module, data, config: TrainConfig, device: torch.
         start = time.perf_counter()
         trainer.ema(images).sum().item()
     per_image = (time.perf_counter() - start) / len(images)
-    first = marks[0] - begin
-    per_step = float(np.median(np.diff(marks))) if len(marks) > 1 else first
     scored = config.epochs * data.counts["minival"] + 2 * data.counts["test"]
     return first + config.epochs * steps * per_step + per_image * scored
 

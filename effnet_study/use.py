@@ -135,7 +135,7 @@ def predict(
         try:
             image = classifier.prepare(file)
         except Exception as error:  # a decoder that reads garbage may raise anything
-            yield file, ValueError(reason(file, error))
+            yield file, ValueError(reason(error))
             continue
         probabilities, classes = model(image[None].to(device)).float().softmax(1)[0].topk(top)
         names = [classifier.classes[i] for i in classes.tolist()]
@@ -210,7 +210,7 @@ def _read_rgb(path: str) -> Image.Image:
     try:
         return default_loader(path)
     except Exception as error:  # a decoder that reads garbage may raise anything
-        raise ValueError(f"{path} cannot be read as an image: {reason(Path(path), error)}") from None
+        raise ValueError(f"{path} cannot be read as an image: {reason(error)}") from None
 
 
 def check_on_imagenet(

@@ -311,7 +311,7 @@ def write_damaged(folder):
     """Files that are no images, under the names of four that were: path to what is said of it."""
     whole = (folder / "train" / "ant" / "0.png").read_bytes()
     damaged = {
-        "train/ant/0.png": (b"", "it is empty"),
+        "train/ant/0.png": (b"", "no image that pillow knows"),
         "train/bee/1.png": (b"no picture at all", "no image that pillow knows"),
         "test/ant/2.png": (whole[: len(whole) // 2], "truncated"),
     }

@@ -360,7 +360,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, capsys):
 def test_a_link_that_leads_nowhere_is_a_damaged_image(tmp_path):
     folder = write_folder(tmp_path / "D", "a", "b")
     (folder / "a" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    with pytest.raises(DamagedImages, match=r"1 of 21 files .*gone.jpg \(it is a link that leads nowhere\)"):
+    with pytest.raises(DamagedImages, match=r"1 of 21 files .*gone.jpg \(\[Errno 2\] No such file or directory: "):
         load_data(f"folder:{folder}", tmp_path)
 
 

@@ -129,15 +129,14 @@ def _decode(folder: Path, files: list[File], size: int, stream: BinaryIO | None 
             except MemoryError:
                 raise
             except Exception as error:  # a decoder that reads garbage may raise anything
-                damaged.append((folder / name, reason(folder / name, error)))
+                damaged.append((folder / name, reason(error)))
         if stream:
             with lock:
                 stream.seek(begin + first * size * size * 3)
                 stream.write(pixels)
         return zlib.crc32(pixels)
 
-    purpose = "once" if stream else "to compare the cache with them"
-    print(f"decoding {len(names):,} images of {folder.name} to {size} px, {purpose}", flush=True)
+    print(f"decoding {len(names):,} images of {folder.name} to {size} px", flush=True)
     starts = range(0, len(names), BLOCK)
     with ThreadPoolExecutor(joblib.cpu_count()) as pool:  # Pillow decodes without Python's lock
         blocks = pool.map(decode_block, starts)

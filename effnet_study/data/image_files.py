@@ -143,10 +143,6 @@ def _to_rgb(image: Image.Image, data: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def reason(file: Path, error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Say in words why a file could not be read as an image."""
-    if not file.exists():
-        return "it is a link that leads nowhere" if file.is_symlink() else "it is gone"
-    if file.stat().st_size == 0:
-        return "it is empty"
     return "no image that Pillow knows" if isinstance(error, PIL.UnidentifiedImageError) else str(error)
