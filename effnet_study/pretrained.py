@@ -26,6 +26,8 @@ TORCHVISION_MODELS = {"resnet50": "conv1", "resnet152": "conv1", "densenet201": 
 # Where checkpoints of other projects keep their state dict, and what wrappers of a network put before its names
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
 PREFIX = re.compile(r"(?<![^.])(?:module|_orig_mod|model|net|network)\.")
+# The file of DenseNet's weights has older names, which torchvision translates in the same way
+OLDER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 
 Weights = str | Path | Mapping  # a state dict with torchvision's names or ours, or what wraps one, or its file
 
@@ -40,27 +42,26 @@ def create_model(
     new_head: with pretrained, keep a new classifier, for other classes than those of the weights.
     ValueError if the weights do not fit; FileNotFoundError if the ImageNet weights cannot be fetched."""
     check_name(name)
-    weights = None
+    if name in VARIANTS:
+        model = efficientnet(name, num_classes, **options)
+    else:
+        model = _torchvision_model(name, num_classes, new_head, **options)
     if pretrained is not False:
-        weights = read_weights(imagenet_weights(name) if pretrained is True else pretrained)
-    if name not in VARIANTS:
-        return _torchvision_model(name, num_classes, weights, new_head, **options)
-    model = efficientnet(name, num_classes, **options)
-    if weights is not None:
         from torchvision.models import get_model
 
+        weights = read_weights(imagenet_weights(name) if pretrained is True else pretrained)
         with torch.device("meta"):  # torchvision's network has the same tensors in the same order
-            theirs = get_model(f"efficientnet_{name}", weights=None).state_dict()
+            theirs = get_model(_torchvision_name(name), weights=None).state_dict()
         ours = dict(zip(theirs, model.state_dict(), strict=True))
-        load_weights(model, {ours.get(key, key): value for key, value in weights.items()}, "classifier", new_head)
-        set_torchvision_eps(model)
+        load_weights(model, {ours.get(key, key): value for key, value in weights.items()}, new_head)
+        if name in VARIANTS:
+            set_torchvision_eps(model)
     return model
 
 
 def _torchvision_model(
     name: str,
     num_classes: int,
-    weights: Mapping[str, Tensor] | None,
     new_head: bool,
     *,
     stem_stride: int = 2,
@@ -80,17 +81,15 @@ def _torchvision_model(
     head, linear = list(model.named_children())[-1]
     if num_classes != 1000 or new_head:
         linear = nn.Linear(linear.in_features, num_classes)
-        setattr(model, head, linear)
-    if weights is not None:
-        # The file of DenseNet's weights has older names, which torchvision translates in the same way
-        older = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
-        load_weights(model, {older.sub(r"\1\2.", key): value for key, value in weights.items()}, head, new_head)
-    if dropout:
-        setattr(model, head, nn.Sequential(nn.Dropout(dropout), linear))
+    setattr(model, head, nn.Sequential(nn.Dropout(dropout), linear) if dropout else linear)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = norm_momentum
     return model
+
+
+def _torchvision_name(name: str) -> str:
+    return f"efficientnet_{name}" if name in VARIANTS else name
 
 
 def check_name(name: str) -> None:
@@ -121,7 +120,7 @@ def published_weights(name: str):
     check_name(name)
     from torchvision.models import get_model_weights
 
-    return get_model_weights(f"efficientnet_{name}" if name in VARIANTS else name).DEFAULT
+    return get_model_weights(_torchvision_name(name)).DEFAULT
 
 
 def imagenet_weights(name: str) -> Path:
@@ -168,18 +167,18 @@ def read_weights(source: Weights, sha256: str | None = None) -> Mapping[str, Ten
     if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
         where = "weights" if isinstance(source, Mapping) else source
         raise ValueError(f"{where}: found {reprlib.repr(found)}; {expected}")
-    return {PREFIX.sub("", key): value for key, value in found.items()}
+    return {OLDER.sub(r"\1\2.", PREFIX.sub("", key)): value for key, value in found.items()}
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], head: str = "", new_head: bool = False) -> None:
-    """Load a state dict with the model's names. new_head: keep the model's own classifier, whose name is `head`."""
-    own = {key: value for key, value in model.state_dict().items() if new_head and key.startswith(f"{head}.")}
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool = False) -> None:
+    """Load a state dict with the model's names. new_head: keep the model's own classifier, the last two tensors."""
+    head = dict([*model.state_dict().items()][-2:])
     try:
-        model.load_state_dict({**weights, **own})
+        model.load_state_dict({**weights, **(head if new_head else {})})
     except RuntimeError as error:
         first = textwrap.shorten(str(error).splitlines()[1], 200)
         hint = f"is it the same network? The weights have {', '.join([*weights][:3])}, ..."
-        hint = "to fine-tune on other classes: new_head=True" if head and f"for {head}." in first else hint
+        hint = "to fine-tune on other classes: new_head=True" if any(f"for {key}:" in first for key in head) else hint
         raise ValueError(f"weights do not fit: {first} {hint}") from None
 
 
