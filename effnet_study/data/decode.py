@@ -81,17 +81,14 @@ def load_images(folder: Path, files: list[File], size: int, cache: Path, name: s
         return kept
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(cache / f".{name}-{size}px.lock"):
-            if (kept := _open(path, folder, files)) is None:  # another process may have made it meanwhile
-                _write(path, folder, files, size)
-                kept = _open(path, folder, files)
-        return kept
+        with filelock.FileLock(cache / f".{name}-{size}px.lock"):  # another process may have made it meanwhile
+            return _open(path, folder, files) or _write(path, folder, files, size)
     except OSError as error:
         cure = "set $EFFNET_CACHE to a folder with room"
         raise OSError(error.errno, f"no decoded images can be written to {cache} ({error}); {cure}") from None
 
 
-def _write(path: Path, folder: Path, files: list[File], size: int) -> None:
+def _write(path: Path, folder: Path, files: list[File], size: int) -> Decoded:
     """Decode images into the cache at `path`. Remove what is of no more use first, because it takes room: what a killed
     process left, and caches of the same name and size that were made of other files."""
     for old in path.parent.iterdir():
@@ -111,6 +108,7 @@ def _write(path: Path, folder: Path, files: list[File], size: int) -> None:
     replace_file(path, write)
     notes |= {"identities": [identity(files)], "written": path.stat().st_mtime_ns}
     write_json(path.with_suffix(".json"), notes)
+    return Decoded(np.load(path, mmap_mode="r"), notes, path, (folder, files))
 
 
 def _decode(folder: Path, files: list[File], size: int, stream: BinaryIO | None = None) -> dict:

@@ -6,7 +6,7 @@ download is one archive with one folder (`Archive`); without one, people put the
 
 import json
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,11 +86,22 @@ class Source:
         self.parts += [part] * len(files)
 
     def add_folders(self, parts: Mapping[str, int], names: Sequence[str]) -> None:
-        """Add the images of folder/PART/NAME for every part and for the name of every class."""
+        """Add the images of folder/PART/NAME for every part and for the name of every class. ValueError if they lie in
+        several folders deeper, but not in NAME itself, because these folders can be the classes."""
         for part, number in parts.items():
             self.leave_out(part, names)
             for label, name in enumerate(names):
-                self.add(scan(self.folder, os.path.join(part, name), self.left_out), label, number)
+                place = os.path.join(part, name)
+                files = scan(self.folder, place, self.left_out)
+                deeper = sorted({os.path.dirname(file[0]) for file in files})
+                if len(deeper) > 1 and place not in deeper:
+                    some = ", ".join(f"{os.path.relpath(path, place)}/" for path in deeper[:3])
+                    raise ValueError(
+                        f"{self.folder / place} holds no images, only folders ({some}), so it is not clear which "
+                        "folders are classes; expected CLASS/ with images in it, or such folders in train/ and test/ "
+                        f"(names of splits: {', '.join(SPLITS)})"
+                    )
+                self.add(files, label, number)
 
     def leave_out(self, under: str, taken: Iterable[str]) -> None:
         """Count what folder/under has besides the names that are taken."""
@@ -188,8 +199,7 @@ def _list_imagenet(settings: DataSettings, folder: Path) -> Source:
 
 
 def _list_folder(settings: DataSettings, folder: Path) -> Source:
-    """List train/CLASS/ and test/CLASS/ (or val/; with both, val is the minival), or CLASS/ alone. A class's images may
-    lie deeper, but not in several folders alone, because these can be the classes."""
+    """List train/CLASS/ and test/CLASS/ (or val/; with both, val is the minival), or CLASS/ alone."""
     names = [name for name in _folders(folder) if name.lower() in SPLITS]
     found = {SPLITS[name.lower()]: name for name in names}
     if names and (TRAIN not in found or len(found) == 1 or len(found) < len(names)):
@@ -211,27 +221,11 @@ def _list_folder(settings: DataSettings, folder: Path) -> Source:
     source.add_folders({name: part for part, name in sorted(found.items())} or {"": TRAIN}, source.classes)
     if found:
         source.leave_out("", names)
-    _check_depth(source, 2 if found else 1)
     train, minival, test = (f"{found[part]}/" if part in found else "drawn from train" for part in range(3))
     some = ", ".join(source.classes[:5]) + ", ..." * (len(source.classes) > 5)
     source.layout = f"train = {train if found else 'CLASS/'}, minival = {minival}, test = {test}; "
     source.layout += f"{len(source.classes)} classes: {some}"
     return source
-
-
-def _check_depth(source: Source, depth: int) -> None:
-    """Raise ValueError if a class, a folder at this depth, has images in several folders, but none of its own."""
-    places = defaultdict(list)  # class folder to the folders of its images
-    for place in {os.path.dirname(file[0]) for file in source.files}:
-        places[os.sep.join(place.split(os.sep)[:depth])].append(place)
-    for name, inside in sorted(places.items()):
-        if name not in inside and len(inside) > 1:
-            some = ", ".join(f"{os.path.relpath(place, name)}/" for place in sorted(inside)[:3])
-            raise ValueError(
-                f"{source.folder / name} holds no images, only folders ({some}), so it is not clear which folders "
-                "are classes; expected CLASS/ with images in it, or such folders in train/ and test/ "
-                f"(names of splits: {', '.join(SPLITS)})"
-            )
 
 
 def _folders(place: Path) -> list[str]:
