@@ -108,9 +108,9 @@ class Source:
         self.left_out.update(kind_of(name) for name in os.listdir(self.folder / under) if name not in taken)
 
     def describe(self) -> str:
-        """Say in a line what was taken for what, and the ten most common kinds of what was left out."""
-        kinds = ", ".join(f"{kind} ({count:,})" for kind, count in self.left_out.most_common(10))
-        left_out = f"left out: {kinds}" if kinds else ""
+        """Say in a line what was taken for what, and the most common kinds of what was left out."""
+        kinds = [f"{kind} ({count:,})" for kind, count in self.left_out.most_common()]
+        left_out = f"left out: {', '.join(kinds[:10])}{', ...' * (len(kinds) > 10)}" if kinds else ""
         return plain(f"{self.folder.name}: {'; '.join(filter(None, [self.layout, left_out]))}")
 
 
