@@ -14,7 +14,6 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +22,7 @@ import filelock
 import joblib
 import numpy as np
 import PIL
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from effnet_study.data.image_files import File, read_image, reason
 from effnet_study.files import replace_file, write_json
@@ -135,10 +134,9 @@ def _decode(folder: Path, files: list[File], size: int, stream: BinaryIO | None 
         return zlib.crc32(pixels)
 
     print(f"decoding {len(names):,} images of {folder.name} to {size} px", flush=True)
-    starts = range(0, len(names), BLOCK)
-    with ThreadPoolExecutor(joblib.cpu_count()) as pool:  # Pillow decodes without Python's lock
-        blocks = pool.map(decode_block, starts)
-        checks = list(tqdm(blocks, total=len(starts), unit=" blocks", leave=False, disable=None))
+    bar = {"unit": " blocks", "leave": False, "disable": None}
+    # In threads, because Pillow decodes without Python's lock
+    checks = thread_map(decode_block, range(0, len(names), BLOCK), max_workers=joblib.cpu_count(), **bar)
     if damaged:
         raise DamagedImages(sorted(damaged), len(names))
     sizes, modes = (dict(Counter(values)) for values in zip(*found, strict=True))
