@@ -16,17 +16,14 @@ class Archive:
     md5: str
     folder: str
 
-    @property
-    def file(self) -> str:
-        return self.url.rpartition("/")[2]
-
 
 def provide(name: str, archive: Archive, root: Path, download: bool) -> Path:
     """Return a data set's folder in `root`. If it is not there, unpack the archive from `root`, or download it.
 
     Raises FileNotFoundError with the places tried and what to do; ValueError if the archive's checksum is wrong."""
-    folder, packed = root / archive.folder, root / archive.file
-    places = f"{folder.absolute()}, and {archive.file} is not beside it (root: as given, else $EFFNET_DATA, else data/)"
+    file = archive.url.rpartition("/")[2]
+    folder, packed = root / archive.folder, root / file
+    places = f"{folder.absolute()}, and {file} is not beside it (root: as given, else $EFFNET_DATA, else data/)"
     if folder.is_dir():
         return folder
     if not packed.is_file() and not download:
@@ -41,13 +38,13 @@ def provide(name: str, archive: Archive, root: Path, download: bool) -> Path:
             return folder
         with tempfile.TemporaryDirectory(prefix=f".fetching-{name}-", dir=root) as place:
             if not packed.is_file():
-                packed = Path(place) / archive.file
+                packed = Path(place) / file
                 try:
-                    utils.download_url(archive.url, place, archive.file, archive.md5)
+                    utils.download_url(archive.url, place, file, archive.md5)
                 except Exception as error:  # of the address, the network or the checksum
                     raise FileNotFoundError(
                         f"{name} is not at {places}, and fetching it failed ({type(error).__name__}: {error}). "
-                        f"With a network: effnet data {name}; without one: put {archive.file} there by hand"
+                        f"With a network: effnet data {name}; without one: put {file} there by hand"
                     ) from None
             elif (md5 := utils.calculate_md5(packed)) != archive.md5:
                 raise ValueError(f"{packed} is damaged: its md5 is {md5}, expected {archive.md5}; fetch it again")

@@ -180,11 +180,11 @@ def _list_food101(settings: DataSettings, folder: Path) -> Source:
 def _list_imagenet(settings: DataSettings, folder: Path) -> Source:
     """List ImageNet-1k in the usual layout, train/WNID/ and val/WNID/. Its labelled val set is our test set."""
     expected = settings.classes or CLASS_COUNTS["imagenet"]
-    for part in ("val", "train"):
-        wnids = _folders(folder / part)[: settings.classes]
-        if len(wnids) != expected:
+    wnids, val = (_folders(folder / part)[: settings.classes] for part in ("train", "val"))
+    for part, found in {"train": wnids, "val": val}.items():
+        if len(found) != expected:
             raise FileNotFoundError(
-                f"{(folder / part).absolute()} has {len(wnids)} class folders, expected {expected}. ImageNet cannot be "
+                f"{(folder / part).absolute()} has {len(found)} class folders, expected {expected}. ImageNet cannot be "
                 "downloaded without an account at image-net.org: put (or link) its class folders into train/ and val/, "
                 "or use only complete classes, the first ones: classes=N"
             )
