@@ -35,9 +35,8 @@ class CpuConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C_in, H, W)
         plain = self.bias is None and self.dilation == (1, 1) and self.padding_mode == "zeros"
-        depthwise = (
-            plain and self.groups == self.in_channels == self.out_channels > 1 and self.padding not in ("same", "valid")
-        )
+        plain = plain and self.padding not in ("same", "valid")
+        depthwise = plain and self.groups == self.in_channels == self.out_channels > 1
         pointwise = (self.kernel_size, self.stride, self.padding, self.groups) == ((1, 1), (1, 1), (0, 0), 1)
         if not _applies(x) or not (depthwise or (pointwise and x.shape[2] * x.shape[3] <= 4)):
             return super().forward(x)

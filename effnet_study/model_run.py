@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from effnet_lib import TABLE7, VARIANTS, Cost, Scaling, TrainConfig, count_cost, round_resolution
-from effnet_study.data.load import class_count, data_root
-from effnet_study.data.sources import SIZES, DataSettings
+from effnet_study.data.load import data_root, find_source
+from effnet_study.data.sources import CLASS_COUNTS, SIZES, DataSettings
 from effnet_study.files import RESULTS, plain
 from effnet_study.pretrained import check_name, create_model
 from effnet_study.profile import Profile, load_profile, profile_names
@@ -72,11 +72,10 @@ def plan_model(
     pixels: int | None = None,
     changes: Mapping[str, object] | None = None,
 ) -> ModelRun:
-    """Plan a network by name on a data set, by the recipe of a profile with some settings changed.
+    """Plan a network by name on a data set. ValueError for anything unknown.
 
     dataset: a profile, for its data and recipe, or the name of a data set (as in load_data), for which the recipe is
     PLAIN_RECIPE. pixels: of the network's input. changes: to the recipe, or to the data, such as minival and test.
-    ValueError for anything unknown.
     """
     changes = dict(changes or {})
     images = {key: changes.pop(key) for key in DataSettings.model_fields.keys() - {"name"} if key in changes}
@@ -101,10 +100,10 @@ def _plain_profile(model: str, dataset: str, seed: int, pixels: int | None, trai
     # A folder's images are stored as large as the network needs them; ImageNet's weights expect 224 px
     base = SIZES.get(dataset) or pixels or (224 if train.get("pretrained") else 64)
     size = SIZES.get(dataset) or pixels or round_resolution(VARIANTS.get(model, Scaling()).resolution, base)
-    title = name = dataset
+    title, name, classes = dataset, dataset, CLASS_COUNTS.get(dataset)
     if dataset not in SIZES:
-        path = Path(dataset.partition(":")[2]).expanduser()
-        path = Path(os.path.realpath(next((p for p in (data_root() / path, path) if p.is_dir()), path)))
+        source = find_source(DataSettings(name=dataset), data_root())
+        path, classes = source.folder.resolve(), len(source.classes)
         title = plain(path.name) or "folder"
         name = re.sub(r"[^\w.\x80-\U0010ffff-]+", "-", title).lstrip("-._") or "folder"
         place = hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()
@@ -113,7 +112,7 @@ def _plain_profile(model: str, dataset: str, seed: int, pixels: int | None, trai
         name="folder",
         title=title,
         purpose="exploratory",
-        data=DataSettings(name=dataset, size=size, classes=class_count(dataset)),
+        data=DataSettings(name=dataset, size=size, classes=classes),
         base_resolution=base,
         stem_stride=1 if base <= 64 else 2,
         groups=(),

@@ -5,7 +5,6 @@ b0 to b7 are ours (effnet_lib). A few other networks are torchvision's, so that 
 
 import hashlib
 import io
-import pickle
 import re
 import reprlib
 import sys
@@ -27,6 +26,8 @@ TORCHVISION_MODELS = {"resnet50": "conv1", "resnet152": "conv1", "densenet201": 
 # Where checkpoints of other projects keep their state dict, and what wrappers of a network put before its names
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
 PREFIX = re.compile(r"(?<![^.])(?:module|_orig_mod|model|net|network)\.")
+# The file of DenseNet's weights has older names, which torchvision translates in the same way
+OLDER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 
 Weights = str | Path | Mapping  # a state dict with torchvision's names or ours, or what wraps one, or its file
 
@@ -37,26 +38,30 @@ def create_model(
     """Build b0 to b7, or one of TORCHVISION_MODELS, by name. `options` are those of `EfficientNet`.
 
     pretrained: True for torchvision's ImageNet weights, or other weights: a state dict with torchvision's names or
-        ours, or a file with one (safetensors or torch.save), also inside a checkpoint of another project. Batch norm
-        gets torchvision's eps.
+        ours, or a file with one (safetensors or torch.save), also inside a checkpoint of another project.
     new_head: with pretrained, keep a new classifier, for other classes than those of the weights.
     ValueError if the weights do not fit; FileNotFoundError if the ImageNet weights cannot be fetched."""
     check_name(name)
-    weights = imagenet_weights(name) if pretrained is True else None if pretrained is False else pretrained
-    if name not in VARIANTS:
-        return _torchvision_model(name, num_classes, weights, new_head, **options)
-    model = efficientnet(name, num_classes, **options)
-    if weights is not None:
-        named = {_our_name(PREFIX.sub("", key)): value for key, value in read_weights(weights).items()}
-        load_weights(model, named, "classifier", new_head)
-        set_torchvision_eps(model)
+    if name in VARIANTS:
+        model = efficientnet(name, num_classes, **options)
+    else:
+        model = _torchvision_model(name, num_classes, new_head, **options)
+    if pretrained is not False:
+        from torchvision.models import get_model
+
+        weights = read_weights(imagenet_weights(name) if pretrained is True else pretrained)
+        with torch.device("meta"):  # torchvision's network has the same tensors in the same order
+            theirs = get_model(_torchvision_name(name), weights=None).state_dict()
+        ours = dict(zip(theirs, model.state_dict(), strict=True))
+        load_weights(model, {ours.get(key, key): value for key, value in weights.items()}, new_head)
+        if name in VARIANTS:
+            set_torchvision_eps(model)
     return model
 
 
 def _torchvision_model(
     name: str,
     num_classes: int,
-    weights: Weights | None,
     new_head: bool,
     *,
     stem_stride: int = 2,
@@ -76,18 +81,15 @@ def _torchvision_model(
     head, linear = list(model.named_children())[-1]
     if num_classes != 1000 or new_head:
         linear = nn.Linear(linear.in_features, num_classes)
-        setattr(model, head, linear)
-    if weights is not None:
-        # The file of DenseNet's weights has older names, which torchvision translates in the same way
-        older = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
-        named = {older.sub(r"\1\2.", PREFIX.sub("", key)): value for key, value in read_weights(weights).items()}
-        load_weights(model, named, head, new_head)
-    if dropout:
-        setattr(model, head, nn.Sequential(nn.Dropout(dropout), linear))
+    setattr(model, head, nn.Sequential(nn.Dropout(dropout), linear) if dropout else linear)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = norm_momentum
     return model
+
+
+def _torchvision_name(name: str) -> str:
+    return f"efficientnet_{name}" if name in VARIANTS else name
 
 
 def check_name(name: str) -> None:
@@ -118,7 +120,7 @@ def published_weights(name: str):
     check_name(name)
     from torchvision.models import get_model_weights
 
-    return get_model_weights(f"efficientnet_{name}" if name in VARIANTS else name).DEFAULT
+    return get_model_weights(_torchvision_name(name)).DEFAULT
 
 
 def imagenet_weights(name: str) -> Path:
@@ -136,51 +138,47 @@ def imagenet_weights(name: str) -> Path:
                 f"the ImageNet weights of {name} are not at {path}, and fetching them failed ({type(error).__name__}: "
                 f"{error}). Put {url} there by hand, or do without pretrained weights"
             ) from None
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(expected):
         raise ValueError(f"{path} is damaged: its sha256 begins with {digest[:8]}, expected {expected}; delete it")
     return path
 
 
-class BadWeights(ValueError, pickle.UnpicklingError):
-    """A file is not a state dict, or is damaged. Pickled code is never executed."""
-
-
 def read_weights(source: Weights, sha256: str | None = None) -> Mapping[str, Tensor]:
     """Return the state dict of a file, or of a checkpoint that wraps one. The file is one of safetensors or torch.save.
+    Pickled code is never executed.
 
-    OSError if it cannot be read; BadWeights if there is no state dict in it, or it does not have the `sha256`."""
+    OSError if it cannot be read; ValueError if there is no state dict in it, or it does not have the `sha256`."""
     found, expected = source, "expected safetensors, or what torch.save(model.state_dict(), FILE) writes"
     if not isinstance(source, Mapping):
         body = Path(source).read_bytes()
         if sha256 not in (None, hashlib.sha256(body).hexdigest()):
-            raise BadWeights(f"{source} is damaged: its sha256 is not the recorded one; restore it")
+            raise ValueError(f"{source} is damaged: its sha256 is not the recorded one; restore it")
         try:  # a safetensors file begins with the length of its header, in eight bytes
             safe = body[8:9] == b"{"
             found = safetensors.torch.load(body) if safe else torch.load(io.BytesIO(body), "cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a torn or foreign file
             why = textwrap.shorten(f"{type(error).__name__}: {error}", 120)
-            raise BadWeights(f"{source} has no weights, or is damaged ({why}); {expected}") from None
+            raise ValueError(f"{source} has no weights, or is damaged ({why}); {expected}") from None
     for key in WRAPPERS * 2:  # one may be in another
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
-    kind = f"a dict of {reprlib.repr([*found])}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
     entries = found.items() if isinstance(found, Mapping) else ()
     if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
-        raise BadWeights(f"{'weights' if isinstance(source, Mapping) else source}: found {kind}; {expected}")
-    return found
+        where = "weights" if isinstance(source, Mapping) else source
+        raise ValueError(f"{where}: found {reprlib.repr(found)}; {expected}")
+    return {OLDER.sub(r"\1\2.", PREFIX.sub("", key)): value for key, value in found.items()}
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], head: str = "", new_head: bool = False) -> None:
-    """Load a state dict with the model's names. new_head: keep the model's own classifier, whose name is `head`."""
-    own = {key: value for key, value in model.state_dict().items() if new_head and key.startswith(f"{head}.")}
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool = False) -> None:
+    """Load a state dict with the model's names. new_head: keep the model's own classifier, the last two tensors."""
+    head = dict([*model.state_dict().items()][-2:])
     try:
-        model.load_state_dict({**weights, **own})
+        model.load_state_dict({**weights, **(head if new_head else {})})
     except RuntimeError as error:
         first = textwrap.shorten(str(error).splitlines()[1], 200)
         hint = f"is it the same network? The weights have {', '.join([*weights][:3])}, ..."
-        hint = "to fine-tune on other classes: new_head=True" if head and f"for {head}." in first else hint
+        hint = "to fine-tune on other classes: new_head=True" if any(f"for {key}:" in first for key in head) else hint
         raise ValueError(f"weights do not fit: {first} {hint}") from None
 
 
@@ -190,19 +188,3 @@ def set_torchvision_eps(model: EfficientNet) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 1e-3 if (model.scaling.depth, model.scaling.width) in large else 1e-5
-
-
-def _our_name(key: str) -> str:
-    """Translate features.0.1.bias to stem.norm.bias, features.4.2.block.3.0.bias to stages.3.2.project.conv.bias."""
-    if key.startswith("classifier.1."):
-        return key.replace("classifier.1.", "classifier.")
-    match = re.fullmatch(r"features\.(\d+)\.(?:(\d+)\.block\.(\d+)\.)?(\w+)\.(\w+)", key)
-    if match is None:
-        return key
-    stage, block, part, layer, leaf = match.groups()
-    if block is None:
-        return f"{'stem' if stage == '0' else 'head'}.{('conv', 'norm')[int(layer)]}.{leaf}"
-    # Blocks of the first stage do not expand, so torchvision numbers their parts from the depthwise one
-    name = ("expand", "depthwise", "se", "project")[int(part) + (stage == "1")]
-    layer = {"fc1": "reduce", "fc2": "expand", "0": "conv", "1": "norm"}[layer]
-    return f"stages.{int(stage) - 1}.{block}.{name}.{layer}.{leaf}"

@@ -1,8 +1,7 @@
 """Benchmarks: training steps of our network and its peers, the input path, and the time that a run will take.
 
-06_throughput and 07_models use this, and `effnet plan`. Networks are measured side by side: each has a process of its
-own, one works at a time and then gives its memory back, and the order changes every round, so that a slow minute of the
-machine hits all of them.
+Networks are measured side by side: each has a process of its own, one works at a time and then gives its memory back,
+and the order changes every round, so that a slow minute of the machine hits all of them.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -25,16 +24,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 
-from effnet_lib import TABLE7, EfficientNet, Scaling, TrainConfig, Trainer, autocast
+from effnet_lib import TABLE7, EfficientNet, Scaling, TrainConfig, autocast
 from effnet_study.data.load import load_data
 from effnet_study.execution.notebook import run_notebook
-from effnet_study.files import RESULTS
-from effnet_study.machine import choose_device, device_name, keep_freed_memory, peak_memory, prepare
-from effnet_study.training import prepare_trainer
+from effnet_study.files import RESULTS, save_table, write_json
+from effnet_study.machine import choose_device, device_name, environment, keep_freed_memory, peak_memory, prepare
+from effnet_study.methods import scaled_cost
+from effnet_study.trainers import prepare_trainer
 
 # ---- 1. Training steps ---------------------------------------------------------------------------------------------
+
+
+QUICK_BATCHES = {224: 256, 64: 1024}  # pixels: images in a batch, so that a large GPU is busy
 
 
 @dataclass(frozen=True)
@@ -48,18 +52,18 @@ class Contender:
     accelerated: bool = True  # ours on a CPU: with the kernels of cpu_kernels.py
     layout: torch.memory_format = torch.channels_last  # a peer's; ours is always this one
     keep_memory: bool = True  # a peer's process keeps freed memory; ours always does
-    compiled: bool = False
+    compile: str = "auto"  # ours: as in TrainConfig; a peer's network is compiled as a whole if "blocks"
 
-    def parts(self, device: torch.device) -> tuple[dict[str, Callable[[], object]], int]:
-        """Build the network. Return what is timed and the micro-batch: forward; gradient (forward and backward); step
-        (gradient and optimizer, ours with the moving average). No call waits for the device.
+    def parts(self, device: torch.device) -> dict[str, Callable[[], object]]:
+        """Build the network. Return what is timed: forward; gradient (forward and backward); step (gradient and
+        optimizer, ours with the moving average). No call waits for the device. And mode: how steps are executed.
 
         Images are random, there are 1000 classes, the optimizer is SGD with momentum, a GPU uses mixed precision."""
         # Compiling imports this module, which warns of a CUDA toolkit without a GPU in the middle of the notebook
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         images = torch.randn(self.batch_size, 3, self.resolution, self.resolution, device=device)
         images = images.contiguous(memory_format=self.layout)
-        labels, micro_batch = torch.randint(1000, (self.batch_size,), device=device), self.batch_size
+        labels = torch.randint(1000, (self.batch_size,), device=device)
 
         def forward() -> Tensor:
             with autocast("auto", device):
@@ -74,41 +78,36 @@ class Contender:
             optimizer.zero_grad(set_to_none=True)
 
         if self.source == "ours":
-            trainer = self._trainer(device)
-            model, optimizer, micro_batch = trainer.model, trainer.optimizer, trainer.micro_batch
+            size = {"resolution": self.resolution, "batch_size": self.batch_size}
+            config = TrainConfig(**size, optimizer="sgd", lr=0.01, compile=self.compile)
+            model = EfficientNet(self.scaling, 1000, **config.model_options())
+            trainer = prepare_trainer(model, config, device, accelerated=self.accelerated)
+            model, optimizer = trainer.model, trainer.optimizer
             backward = partial(trainer.backward, images, labels)
-            step = partial(trainer.step, images, labels, epoch=0, step=1, steps=10**6)
+            step, mode = partial(trainer.step, images, labels, epoch=0, step=1, steps=10**6), lambda: trainer.mode
         else:
-            model, optimizer = self._peer(device)
+            model = self._peer().train().to(device, memory_format=self.layout)
+            if device.type == "cuda":
+                torch.backends.cudnn.benchmark = True
+            elif self.keep_memory:
+                keep_freed_memory()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+            model, mode = torch.compile(model) if self.compile == "blocks" else model, lambda: self.compile
 
         def gradient() -> None:
             backward()
             optimizer.zero_grad(set_to_none=True)
 
-        return {"forward": forward, "gradient": gradient, "step": step}, micro_batch
+        return {"forward": forward, "gradient": gradient, "step": step, "mode": mode}
 
-    def _trainer(self, device: torch.device) -> Trainer:
-        size = {"resolution": self.resolution, "batch_size": self.batch_size}
-        config = TrainConfig(**size, optimizer="sgd", lr=0.01, compile="blocks" if self.compiled else "never")
-        model = EfficientNet(self.scaling, 1000, **config.model_options())
-        return prepare_trainer(model, config, device, accelerated=self.accelerated)
-
-    def _peer(self, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def _peer(self) -> nn.Module:
         if self.source == "timm":
             from timm import create_model
 
-            model = create_model("efficientnet_b0", drop_rate=0.2, drop_path_rate=0.2)
-        else:
-            from torchvision.models import get_model
+            return create_model("efficientnet_b0", drop_rate=0.2, drop_path_rate=0.2)
+        from torchvision.models import get_model
 
-            model = get_model("efficientnet_b0", weights=None)
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-        elif self.keep_memory:
-            keep_freed_memory()
-        model = model.train().to(device, memory_format=self.layout)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        return torch.compile(model) if self.compiled else model, optimizer
+        return get_model("efficientnet_b0", weights=None)
 
 
 def measure(
@@ -117,8 +116,7 @@ def measure(
     """Time the contenders side by side.
 
     Returns a table of times (contender, round, part, and the seconds of one call, the mean of `repeat`), and a table of
-    contenders (the index): first_step_seconds, with all compiling; peak_memory_GiB; micro_batch. RuntimeError names a
-    contender that fails."""
+    contenders (the index): first_step_seconds, with all compiling; peak_memory_GiB; micro_batch; mode."""
     spawn, order, threads = multiprocessing.get_context("spawn"), random.Random(0), torch.get_num_threads()
     rows, about = [], {}
     with contextlib.ExitStack() as stack:
@@ -147,24 +145,66 @@ built = cache(Contender.parts)  # each contender once in its process
 
 def time_part(contender: Contender, device: str, threads: int, part: str, repeat: int, warm: bool) -> dict[str, float]:
     """Time calls of a part in this process, which is the contender's. Then give its memory back, for the others.
-
-    warm: call it once before the measurement. Another process had the caches until now."""
+    warm: call it once before the measurement, because another process had the caches until now."""
     device = torch.device(device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     torch.set_num_threads(threads)
-    parts, micro_batch = built(contender, device)
+    parts = built(contender, device)
+    call = parts[part]
     if warm:
-        parts[part]()
+        call()
     wait()
     begin = time.perf_counter()
     for _ in range(repeat):
-        parts[part]()
+        call()
     wait()
     seconds = (time.perf_counter() - begin) / repeat
     torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError, TypeError):  # there is no glibc
         ctypes.CDLL(None).malloc_trim(0)
-    return {"seconds": seconds, "peak_memory_GiB": peak_memory(device) / 2**30, "micro_batch": micro_batch}
+    about = {"micro_batch": contender.batch_size, "mode": parts["mode"]()}
+    return {"seconds": seconds, "peak_memory_GiB": peak_memory(device) / 2**30} | about
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Measure the bytes per second that a plain copy on this device reads and writes."""
+    source = torch.ones(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
+    names = {"source": source, "target": torch.empty_like(source)}
+    timer = Timer("target.copy_(source)", globals=names, num_threads=torch.get_num_threads())
+    return 2 * len(source) / timer.blocked_autorange(min_run_time=1).median
+
+
+def least_bytes(px: int, device: torch.device) -> int:
+    """Count the bytes that training moves at least for an image of B0: 06_throughput explains the 14 passes."""
+    return 14 * scaled_cost(TABLE7["baseline"], px).activations * (2 if device.type == "cuda" else 4)
+
+
+def quick_bench(
+    results: str | Path | None = None,
+    *,
+    device: str | None = None,
+    batches: Mapping[int, int] = QUICK_BATCHES,
+    modes: Sequence[str] = ("never", "blocks", "graph"),
+    rounds: int = 5,
+) -> pd.DataFrame:
+    """Time B0's step in each mode of TrainConfig.compile, and timm's compiled one. Save and return a row for each.
+
+    batches: images in a batch by resolution. limit_percent: of the images per second at which a plain copy on the
+    device moves `least_bytes`. The table goes to RESULTS/throughput/DEVICE/quick.csv."""
+    place = choose_device(device)
+    bandwidth, tables = copy_bandwidth(place), []
+    for px, images in batches.items():
+        size = {"resolution": px, "batch_size": images}
+        contenders = {f"ours, {mode}": Contender(**size, compile=mode) for mode in modes}
+        contenders["timm, compiled"] = Contender("timm", **size, compile="blocks")
+        times, about = measure(contenders, place.type, rounds, repeat=10 if place.type == "cuda" else 1)
+        about["images_per_second"] = images / times.groupby("contender")["seconds"].median()
+        about["limit_percent"] = 100 * about["images_per_second"] * least_bytes(px, place) / bandwidth
+        tables.append(about.rename_axis("network").reset_index().assign(px=px))
+    folder, table = throughput_folder(place, results), pd.concat(tables, ignore_index=True)
+    save_table(table, folder / "quick.csv")
+    write_json(folder / "quick.json", environment(place) | {"rounds": rounds})
+    return table
 
 
 # ---- 2. Input ------------------------------------------------------------------------------------------------------
@@ -182,13 +222,9 @@ def _write_tiles(folder: Path, px: int) -> None:
             Image.fromarray(photograph[y : y + px, x : x + px]).save(folder / name / f"{number}.jpg", quality=90)
 
 
-def _from_memory(images: Mapping[str, np.ndarray], path: str) -> Image.Image:
-    return Image.fromarray(images[path])  # as torchvision's CIFAR10 does
-
-
 def measure_input(px: int, device: torch.device, batch_size: int, rounds: int, least: float) -> pd.DataFrame:
-    """Time the input path alone, from stored images to batches for training on the device, side by side: a random
-    resized crop and flip by PIL in a DataLoader and by ours, and ours with other augmentations.
+    """Time the input path alone, from stored images to batches for training on the device: a random resized crop and
+    flip by PIL in a DataLoader and by ours, and ours with other augmentations.
 
     Returns columns path, round, images_per_second; a measurement is at least one pass and `least` seconds."""
     from torchvision import transforms
@@ -203,19 +239,13 @@ def measure_input(px: int, device: torch.device, batch_size: int, rounds: int, l
         field = transforms.Compose([*crop, transforms.ToTensor(), normalise])
         files = ImageFolder(Path(place) / "tiles", field)
         pixels = {path: np.asarray(Image.open(path)) for path, _ in files.samples}
-        decoded = ImageFolder(files.root, field, loader=partial(_from_memory, pixels))
+        from_memory = transforms.Compose([transforms.ToPILImage(), field])
+        decoded = ImageFolder(files.root, from_memory, loader=pixels.get)
         options = {"batch_size": batch_size, "shuffle": True, "drop_last": True, "num_workers": 2}
         options |= {"persistent_workers": True, "pin_memory": device.type == "cuda"}
-
-        def peer(loader: DataLoader) -> Iterator[Tensor]:
-            return (images.to(device, non_blocking=True) for images, _ in loader)
-
-        def ours(config: TrainConfig) -> Iterator[Tensor]:
-            return (images for images, _ in data.train_batches(config, 0))
-
         passes = {
-            f"PIL, {name}, 2 workers": partial(peer, DataLoader(dataset, **options))
-            for name, dataset in {"JPEG files": files, "images in memory": decoded}.items()
+            "PIL, JPEG files, 2 workers": partial(iter, DataLoader(files, **options)),
+            "PIL, images in memory, 2 workers": partial(iter, DataLoader(decoded, **options)),
         }
         for name, changes in {
             "crop and flip": {},
@@ -223,13 +253,15 @@ def measure_input(px: int, device: torch.device, batch_size: int, rounds: int, l
             "crop, flip, RandAugment": {"randaugment": 9},
             "crop, flip, mixup, CutMix": {"mixup": 0.2, "cutmix": 1.0},
         }.items():
-            passes[f"ours: {name}"] = partial(ours, TrainConfig(resolution=px, batch_size=batch_size, **changes))
+            config = TrainConfig(resolution=px, batch_size=batch_size, **changes)
+            passes[f"ours: {name}"] = partial(data.train_batches, config, 0)
         rows, order = [], random.Random(0)
         for turn in range(rounds + 1):  # the first one warms up
             for name in order.sample(list(passes), len(passes)):
                 images, begin, seconds = 0, time.perf_counter(), 0.0
                 while not images or seconds < least:
-                    images += sum(len(batch) for batch in passes[name]())
+                    for batch, _ in passes[name]():
+                        images += len(batch.to(device, non_blocking=True))
                     if device.type == "cuda":
                         torch.cuda.synchronize()
                     seconds = time.perf_counter() - begin
@@ -242,18 +274,18 @@ def measure_input(px: int, device: torch.device, batch_size: int, rounds: int, l
 
 
 def estimate_seconds(model: nn.Module, data, config: TrainConfig, device: torch.device, budget: float = 10) -> float:
-    """Estimate the seconds that `training.train` will take here, scoring included, from a few steps.
-
-    It takes as many steps as `budget` seconds allow: at least two, on a GPU at least eight, because the first ones
-    compile and choose kernels."""
-    begin, least = time.perf_counter(), 8 if device.type == "cuda" else 2
+    """Estimate the seconds that `training.train` will take here, scoring included, from as many steps as `budget`
+    seconds allow: at least two, on a GPU at least eight, because the first ones compile and choose kernels."""
+    marks, least = [time.perf_counter()], 8 if device.type == "cuda" else 2
     trainer, data = prepare_trainer(model, config, device), data.to(device)
-    steps, marks = data.counts["train"] // config.batch_size, []
+    steps = data.counts["train"] // config.batch_size
     for step, (images, labels) in enumerate(data.train_batches(config, 0)):
         trainer.step(images, labels, 0, step, steps).item()  # waits for the device
         marks.append(time.perf_counter())
-        if step + 1 >= least and marks[-1] - marks[0] > 0.8 * budget:
+        if step + 1 >= least and marks[-1] - marks[1] > 0.8 * budget:
             break
+    first, *others = np.diff(marks)
+    per_step = np.median(others or [first])
     trainer.ema.eval()
     images, _ = next(data.eval_batches("minival", config.resolution, 256))
     with torch.no_grad(), autocast(config.precision, device):
@@ -261,8 +293,6 @@ def estimate_seconds(model: nn.Module, data, config: TrainConfig, device: torch.
         start = time.perf_counter()
         trainer.ema(images).sum().item()
     per_image = (time.perf_counter() - start) / len(images)
-    first = marks[0] - begin
-    per_step = float(np.median(np.diff(marks))) if len(marks) > 1 else first
     scored = config.epochs * data.counts["minival"] + 2 * data.counts["test"]
     return first + config.epochs * steps * per_step + per_image * scored
 
@@ -270,8 +300,7 @@ def estimate_seconds(model: nn.Module, data, config: TrainConfig, device: torch.
 def bench(
     results: str | Path | None = None, *, device: str | None = None, rounds: int = 15, models: bool = False
 ) -> None:
-    """Execute 06_throughput on this device, or 07_models, and print its tables, which lie in
-    RESULTS/throughput/DEVICE/."""
+    """Execute 06_throughput on this device, or 07_models, and print its tables."""
     kind = choose_device(device)
     folder, notebook = throughput_folder(kind, results), "07_models" if models else "06_throughput"
     parameters = {"device": kind.type, "results": results and str(Path(results).absolute())}

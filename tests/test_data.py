@@ -3,7 +3,6 @@ write themselves."""
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import zipfile
 import zlib
 from unittest.mock import Mock
 
@@ -23,11 +21,11 @@ import torchvision
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits
+from torchvision.datasets import utils
 
 from effnet_lib import TrainConfig
 from effnet_study import cli
-from effnet_study.data import archives, decode, load, sources
-from effnet_study.data.archives import unpack
+from effnet_study.data import decode, load, sources
 from effnet_study.data.decode import DamagedImages
 from effnet_study.data.image_files import read_image
 from effnet_study.data.inspect import describe_data, inspect_data, sample_grid
@@ -142,7 +140,7 @@ def test_what_exceeds_half_of_the_memory_is_read_ahead(image_folder, tmp_path, m
 def test_a_cache_is_mapped_even_if_it_exceeds_the_memory(tmp_path, monkeypatch):
     """A map that could be written to would count as memory."""
     monkeypatch.setattr(decode, "BLOCK", 4_000_000 // 8)
-    monkeypatch.setattr(decode.Decoded, "damaged_blocks", lambda self, blocks: [])
+    monkeypatch.setattr(decode.Decoded, "damaged_blocks", lambda *arguments: [])
     path = tmp_path / f"huge-512px-{decode.digest([], 512)}.npy"
     with path.open("wb") as file:  # 3 TB that take no room
         shape = (4_000_000, 512, 512, 3)
@@ -313,7 +311,7 @@ def write_damaged(folder):
     """Files that are no images, under the names of four that were: path to what is said of it."""
     whole = (folder / "train" / "ant" / "0.png").read_bytes()
     damaged = {
-        "train/ant/0.png": (b"", "it is empty"),
+        "train/ant/0.png": (b"", "no image that pillow knows"),
         "train/bee/1.png": (b"no picture at all", "no image that pillow knows"),
         "test/ant/2.png": (whole[: len(whole) // 2], "truncated"),
     }
@@ -442,7 +440,7 @@ def test_blocks_are_decoded_side_by_side_in_order(image_folder, tmp_path, monkey
         assert np.array_equal(image, np.asarray(Image.open(folder / file)))
     assert data.files == sorted(data.files, key=lambda file: (file.startswith("test/"), file))
     assert data.decoded.notes["checks"][10] == zlib.crc32(data.images[30:].numpy())
-    assert len(data.decoded.notes["checks"]) == 11 and data.decoded.damaged_blocks() == []
+    assert len(data.decoded.notes["checks"]) == 11 and data.decoded.stale_blocks() == []
 
 
 @pytest.mark.slow
@@ -667,7 +665,7 @@ def test_an_archive_without_its_checksum_is_never_unpacked(small_cifar10, tmp_pa
     (tmp_path / "root").mkdir()
     archive = tmp_path / "root" / small_cifar10[1].name
     archive.write_bytes(small_cifar10[1].read_bytes() + b"x")
-    monkeypatch.setattr(archives, "unpack", lambda *a: pytest.fail("unpacked"))
+    monkeypatch.setattr(utils, "extract_archive", lambda *a: pytest.fail("unpacked"))
     with pytest.raises(
         ValueError, match=r"cifar-10-python.tar.gz is damaged: its md5 is .*, expected .*; fetch it again"
     ):
@@ -701,60 +699,8 @@ def test_the_archives_are_those_that_torchvision_knows():
     for name, theirs in (("cifar10", datasets.CIFAR10), ("cifar100", datasets.CIFAR100)):
         ours = sources.DATA_SETS[name].archive
         assert (ours.url, ours.md5, ours.folder) == (theirs.url, theirs.tgz_md5, theirs.base_folder)
-        assert ours.file == theirs.filename
     food = sources.DATA_SETS["food101"].archive
     assert (food.url.partition(":")[2], food.md5) == (datasets.Food101._URL.partition(":")[2], datasets.Food101._MD5)
-
-
-def pack(archive, files):
-    """Write a zip or tar archive of names to contents. A content that is a type of tarfile's makes such a link."""
-    if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive, "w") as packed:
-            for name, content in files.items():
-                packed.writestr(name, content)
-        return archive
-    with tarfile.open(archive, "w:gz" if archive.suffix == ".gz" else "w") as packed:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            if content in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
-                member.type, member.linkname = content, "/etc/passwd"
-                packed.addfile(member)
-            else:
-                member.size = len(content)
-                packed.addfile(member, io.BytesIO(content))
-    return archive
-
-
-@pytest.mark.parametrize("name", ["../outside", "{}/outside", "a/../../outside"])
-@pytest.mark.parametrize("safeguard", [True, False])
-def test_nothing_in_an_archive_is_written_elsewhere(name, safeguard, tmp_path, monkeypatch):
-    if not safeguard:  # as in Python 3.11.2
-        monkeypatch.delattr(tarfile, "data_filter", raising=False)
-    name = name.format(tmp_path)
-    with pytest.raises(ValueError, match="bad.tar: .*outside' lies outside, or is a link; this archive is not safe"):
-        unpack(pack(tmp_path / "bad.tar", {"inside": b"x", name: b"y"}), tmp_path / "place")
-    assert not (tmp_path / "place").exists()
-    unpack(pack(tmp_path / "bad.zip", {"inside": b"x", name: b"y"}), tmp_path / "place")
-    unpack(pack(tmp_path / "good.tar", {"a/b": b"z"}), tmp_path / "place")
-    assert (tmp_path / "place" / "inside").read_bytes() == b"x" and (tmp_path / "place" / "a/b").read_bytes() == b"z"
-    assert not (tmp_path / "outside").exists()
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-def test_an_archive_with_a_link_is_refused(kind, tmp_path, monkeypatch):
-    monkeypatch.delattr(tarfile, "data_filter", raising=False)
-    with pytest.raises(ValueError, match="bad.tar: 'a' lies outside, or is a link; this archive is not safe"):
-        unpack(pack(tmp_path / "bad.tar", {"a": kind}), tmp_path / "place")
-
-
-@pytest.mark.parametrize("kind, damage", [("zip", "cut"), ("zip", "changed"), ("tar.gz", "cut"), ("tar", "nonsense")])
-def test_a_damaged_archive_is_refused(kind, damage, tmp_path):
-    archive = pack(tmp_path / f"archive.{kind}", {"inside": random_pixels(20000).tobytes()})
-    content = bytearray(archive.read_bytes())
-    content[9000] ^= 255
-    archive.write_bytes({"cut": content[:9000], "changed": content, "nonsense": b"nonsense"}[damage])
-    with pytest.raises(ValueError, match="archive.* is damaged .*; fetch it again"):
-        unpack(archive, tmp_path / "place")
 
 
 @pytest.fixture
@@ -858,7 +804,7 @@ def write_imagenet(folder, classes, train=2, val=1):
 def test_imagenet_is_read_from_class_folders(tmp_path, monkeypatch):
     expect_per_class(monkeypatch, "imagenet", (None, 5))
     write_imagenet(tmp_path, 3, train=10, val=5)
-    with pytest.raises(FileNotFoundError, match="train has 3 class folders, expected 1000; .*classes=N"):
+    with pytest.raises(FileNotFoundError, match="train has 3 class folders, expected 1000. .*classes=N"):
         load_data("imagenet", tmp_path)
     data = load_data("imagenet", tmp_path, classes=2, size=12)
     assert data.classes == ("n00000000", "n00000001") and data.title == "ImageNet (2 classes)"
@@ -870,8 +816,8 @@ def test_imagenet_is_read_from_class_folders(tmp_path, monkeypatch):
         load_data("imagenet", tmp_path, classes=2)
     for wnid in os.listdir(tmp_path / "imagenet" / "val"):
         shutil.rmtree(tmp_path / "imagenet" / "val" / wnid)
-    with pytest.raises(FileNotFoundError, match=r"imagenet: .*val has no class folders.*account at image-net.org"):
-        load_data("imagenet", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"imagenet/val has 0 class folders.*account at image-net.org"):
+        load_data("imagenet", tmp_path, classes=2)
 
 
 def test_all_of_imagenets_classes_have_their_names(tmp_path, monkeypatch):

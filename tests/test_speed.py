@@ -19,7 +19,7 @@ from effnet_study.cpu_kernels import CpuConv2d, CpuSqueezeExcitation
 from effnet_study.execution.notebook import run_notebook
 from effnet_study.methods import scaled_cost
 from effnet_study.speed import Contender, estimate_seconds, measure, throughput_folder, time_part
-from effnet_study.training import prepare_trainer
+from effnet_study.trainers import prepare_trainer
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_contenders_are_timed_in_turns_and_the_first_round_is_left_out(monkeypat
             begun.append(contender.batch_size)
             clock[0] += contender.batch_size
 
-        return {"step": step}, contender.batch_size
+        return {"step": step, "mode": lambda: "never"}
 
     monkeypatch.setattr(speed, "ProcessPoolExecutor", Process)
     monkeypatch.setattr(speed, "built", parts)
@@ -108,17 +108,40 @@ def test_contenders_are_timed_in_turns_and_the_first_round_is_left_out(monkeypat
     assert len(set(times.groupby("round")["contender"].agg("".join))) == 2  # both orders occur
 
 
+def test_the_quick_benchmark_compares_each_mode_with_the_limit_of_memory(monkeypatch, tmp_path):
+    """Measurement is replaced: step k of a contender takes k seconds, and a copy moves 1 GB/s."""
+
+    def measure(contenders, device, rounds, repeat):
+        times = [(name, turn, "step", k + 1.0) for k, name in enumerate(contenders) for turn in range(rounds)]
+        about = {name: {"mode": contender.compile} for name, contender in contenders.items()}
+        columns = ["contender", "round", "part", "seconds"]
+        return pd.DataFrame(times, columns=columns), pd.DataFrame.from_dict(about, orient="index")
+
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed, "copy_bandwidth", lambda device: 1e9)
+    table = speed.quick_bench(tmp_path, device="cpu", batches={64: 8, 32: 16}).set_index(["px", "network"])
+    assert table.index.tolist()[:4] == [
+        (64, name) for name in ("ours, never", "ours, blocks", "ours, graph", "timm, compiled")
+    ]
+    assert table["mode"].tolist() == ["never", "blocks", "graph", "blocks"] * 2
+    assert table["images_per_second"].tolist() == pytest.approx([8, 4, 8 / 3, 2, 16, 8, 16 / 3, 4])
+    moved = 14 * scaled_cost(TABLE7["baseline"], 64).activations * 4  # bytes of an image
+    assert table["limit_percent"].iloc[0] == pytest.approx(100 * 8 / (1e9 / moved))
+    saved = pd.read_csv(throughput_folder(torch.device("cpu"), tmp_path) / "quick.csv")
+    assert saved["network"].tolist() == names * 2
+
+
 @pytest.mark.parametrize(
     "source, kernels, layout",
     [("ours", {CpuConv2d, CpuSqueezeExcitation}, torch.channels_last), ("torchvision", set(), torch.contiguous_format)],
 )
 def test_a_step_of_a_contender_trains_and_a_gradient_does_not(source, kernels, layout):
     contender = Contender(source, resolution=32, batch_size=2, layout=layout)
-    parts, micro_batch = contender.parts(torch.device("cpu"))
+    parts = contender.parts(torch.device("cpu"))
     used = [cell.cell_contents for cell in parts["forward"].__closure__]
     (model,), (images,) = ([x for x in used if isinstance(x, kind)] for kind in (nn.Module, torch.Tensor))
     assert images.is_contiguous(memory_format=layout)
-    assert micro_batch == 2 and parts["forward"]().shape == (2, 1000)
+    assert parts["forward"]().shape == (2, 1000)
     assert kernels <= {type(module) for module in model.modules()}
     before = [p.clone() for p in model.parameters()]
     parts["gradient"]()

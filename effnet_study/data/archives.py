@@ -1,10 +1,7 @@
 """Archives as publishers offer data sets: downloaded, checked, unpacked into a folder that is complete or not there."""
 
 import shutil
-import tarfile
 import tempfile
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,23 +16,19 @@ class Archive:
     md5: str
     folder: str
 
-    @property
-    def file(self) -> str:
-        return self.url.rpartition("/")[2]
-
 
 def provide(name: str, archive: Archive, root: Path, download: bool) -> Path:
     """Return a data set's folder in `root`. If it is not there, unpack the archive from `root`, or download it.
 
-    The archive is checked before it is unpacked, and the folder is complete or not there. Raises FileNotFoundError with
-    the places tried and what to do; ValueError if the archive is damaged or unsafe."""
-    folder, packed = root / archive.folder, root / archive.file
-    places = f"{folder.absolute()}, and {archive.file} is not beside it (root: as given, else $EFFNET_DATA, else data/)"
+    Raises FileNotFoundError with the places tried and what to do; ValueError if the archive's checksum is wrong."""
+    file = archive.url.rpartition("/")[2]
+    folder, packed = root / archive.folder, root / file
+    places = f"{folder.absolute()}, and {file} is not beside it (root: as given, else $EFFNET_DATA, else data/)"
     if folder.is_dir():
         return folder
     if not packed.is_file() and not download:
         raise FileNotFoundError(f"{name} is not at {places}; fetch it with: effnet data {name}")
-    from torchvision.datasets.utils import calculate_md5, download_url  # takes as long as importing torch
+    from torchvision.datasets import utils  # takes as long as importing torch
 
     root.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(root / f".{name}.lock"):
@@ -45,33 +38,16 @@ def provide(name: str, archive: Archive, root: Path, download: bool) -> Path:
             return folder
         with tempfile.TemporaryDirectory(prefix=f".fetching-{name}-", dir=root) as place:
             if not packed.is_file():
-                packed = Path(place) / archive.file
+                packed = Path(place) / file
                 try:
-                    download_url(archive.url, place, archive.file, archive.md5)
+                    utils.download_url(archive.url, place, file, archive.md5)
                 except Exception as error:  # of the address, the network or the checksum
                     raise FileNotFoundError(
                         f"{name} is not at {places}, and fetching it failed ({type(error).__name__}: {error}). "
-                        f"With a network: effnet data {name}; without one: put {archive.file} there by hand"
+                        f"With a network: effnet data {name}; without one: put {file} there by hand"
                     ) from None
-            elif (md5 := calculate_md5(packed)) != archive.md5:
+            elif (md5 := utils.calculate_md5(packed)) != archive.md5:
                 raise ValueError(f"{packed} is damaged: its md5 is {md5}, expected {archive.md5}; fetch it again")
-            unpack(packed, Path(place) / "unpacked")
-            (Path(place) / "unpacked" / archive.folder).rename(folder)
+            utils.extract_archive(packed, f"{place}/unpacked")
+            Path(place, "unpacked", archive.folder).rename(folder)
     return folder
-
-
-def unpack(archive: Path, place: Path) -> None:
-    """Unpack a zip or tar archive. Nothing is written outside `place`. ValueError if it is damaged or unsafe."""
-    try:
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as packed:
-                packed.extractall(place)  # zipfile verifies checksums, and removes ".." and roots from names
-            return
-        with tarfile.open(archive) as packed:
-            for member in packed.getmembers():  # tarfile has no filter in Python 3.11.2
-                inside = (place / member.name).resolve().is_relative_to(place.resolve())
-                if not inside or not (member.isfile() or member.isdir()):
-                    raise ValueError(f"{archive}: {member.name!r} lies outside, or is a link; this archive is not safe")
-            packed.extractall(place, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
-        raise ValueError(f"{archive} is damaged ({str(error).splitlines()[0]}); fetch it again") from None

@@ -34,9 +34,7 @@ LAYERS = 2  # of RandAugment: operations on each sample
 def draw(n: int, generator: torch.Generator, **settings: float) -> dict[str, Tensor]:
     """Draw what happens to each of n samples. Return tensors of n rows by name, only those that `settings` need.
 
-    settings: as in AUGMENTATION_DEFAULTS, which holds for those left out. generator: on the CPU. The order of the draws
-    must never change, because it decides the result of every run.
-
+    The order of the draws must never change, because it decides the result of every run.
     columns, rows: (n, 2) edges of the crop in [0, 1], from left to right, or from right to left if mirrored.
     erased, pasted: (n, 4) left, right, upper and lower edges of a box in [0, 1]."""
     on = AUGMENTATION_DEFAULTS | settings
@@ -178,11 +176,9 @@ def _reflected(index: Tensor, side: int) -> Tensor:
 
 
 def _resample(images: Tensor, columns: Tensor, rows: Tensor, resolution: int) -> Tensor:
-    """Cut the box columns x rows out of each image and resize it, by two products with interpolation matrices.
-
-    columns, rows: (N or 1, 2) edges in [0, 1]; a right edge before the left one mirrors. So crop, resize and flip are
-    one operation, with a box for each sample, and antialiased. torch's interpolate takes one box for the whole batch,
-    and its grid_sample is not antialiased."""
+    """Cut the box columns x rows, (N or 1, 2) edges, out of each image and resize it, by two products with
+    interpolation matrices. So crop, resize and flip are one antialiased operation, with a box for each sample. torch's
+    interpolate takes one box for the whole batch, and its grid_sample is not antialiased."""
     n, height, width, _ = images.shape
     down = _interpolation(rows, height, resolution)  # (N or 1, R, H)
     across = _interpolation(columns, width, resolution)  # (N or 1, R, W)
@@ -192,8 +188,8 @@ def _resample(images: Tensor, columns: Tensor, rows: Tensor, resolution: int) ->
 
 
 def _interpolation(edges: Tensor, length: int, resolution: int) -> Tensor:
-    """Return the weights (N, resolution, length) of bilinear interpolation over the box `edges`. Where an output pixel
-    is wider than an input pixel the triangle is as wide as it (antialiasing), as in Pillow and torch's interpolate."""
+    """Return the weights (N, resolution, length) of bilinear interpolation over the box `edges`, antialiased as in
+    Pillow and torch's interpolate: the triangle of an output pixel that is wider than an input pixel is as wide."""
     first, last = edges[:, :1] * length, edges[:, 1:] * length  # (N, 1) in input pixels
     scale = (last - first) / resolution
     centre = first + scale * (torch.arange(resolution, device=edges.device) + 0.5)  # (N, R)
@@ -207,9 +203,7 @@ def _interpolation(edges: Tensor, length: int, resolution: int) -> Tensor:
 
 
 class _NoWaits(TorchFunctionMode):
-    """Let torch.tensor(numbers, device=...) copy the numbers without waiting for the device.
-
-    torchvision makes its matrices and kernels by it, up to 44 times in a batch."""
+    """Let torch.tensor(numbers, device=...) copy without waiting for the device. torchvision makes its matrices so."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -248,8 +242,8 @@ OPERATIONS = {
 def randaugment(images: Tensor, operations: Tensor, signs: Tensor, magnitude: int) -> Tensor:
     """Apply to each image its own operations, one after the other, at a magnitude of 0 to 30.
 
-    images: uint8 (N, 3, R, R), on any device. operations: (N, layers), positions in OPERATIONS; signs: (N, layers), -1
-    or 1; both on the CPU. Images with the same operation and sign are one call."""
+    images: uint8 (N, 3, R, R). operations: (N, layers), positions in OPERATIONS; signs: (N, layers), -1 or 1; both on
+    the CPU. Images with the same operation and sign are one call."""
     import torchvision.transforms.v2.functional as tv  # takes as long as importing torch
 
     for numbers, sign in zip(operations.unbind(1), signs.unbind(1), strict=True):

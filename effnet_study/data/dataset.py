@@ -1,14 +1,13 @@
 """A data set in memory: one uint8 tensor of images, labels, three splits, and the batches that training takes from it.
 
 Batches come out on one device as normalised floats (N, 3, R, R) in channels-last memory, at the resolution R that the
-network is trained and scored at. Images that fit into half of the device's memory go there as a whole. Others stay in
-their memory map, from which threads read ahead.
+network is trained and scored at.
 """
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from effnet_study.data.augment import AUGMENTATION_DEFAULTS, augment, draw, erase, mix, resize
 from effnet_study.data.decode import Decoded
-from effnet_study.machine import memory
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class ImageData:
     mean: Tensor  # (3,) over the training images, in [0, 255]; its device is where batches come out
     std: Tensor  # (3,)
     decoded: Decoded  # the images as they were read, with notes of their files
-    files: Sequence[str] = field(default=(), repr=False)  # the file of each image; empty if there are no such files
+    files: Sequence[str] = ()  # the file of each image; empty if there are no such files
     streamed: bool = False  # images, labels and indices stay in memory (or a memory map), and are read ahead
 
     @property
@@ -58,19 +56,15 @@ class ImageData:
         return facts | {"mean": self.mean.tolist(), "std": self.std.tolist()}  # a prediction needs them
 
     def to(self, device: torch.device | str) -> "ImageData":
-        """Return this data set with its batches on `device`.
+        """Return this data set with its batches on a GPU, or itself if they are on `device` already.
 
         The images go there as a whole if they take at most half of its free memory. Otherwise they stay where they are,
         and threads read them ahead."""
         device = torch.empty(0, device=device).device
         if self.device == device:
             return self
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # what torch keeps for later would count as taken
-            free = torch.cuda.mem_get_info(device)[0]
-        else:
-            free = memory()
-        whole = self.images.nbytes <= free // 2
+        torch.cuda.empty_cache()  # what torch keeps for later would count as taken
+        whole = self.images.nbytes <= torch.cuda.mem_get_info(device)[0] // 2
         names = ("mean", "std", "images", "labels") if whole else ("mean", "std")
         moved = {name: getattr(self, name).to(device) for name in names}
         if whole:

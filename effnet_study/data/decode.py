@@ -2,10 +2,9 @@
 
 The images of a data set are decoded once, to uint8 (N, size, size, 3), and kept as a memory map CACHE/NAME.npy. Beside
 it NAME.json has notes of the files and a checksum for every BLOCK of images. The name has a digest of the files' names,
-sizes and times; the notes have their inodes and times of status change. Files that differ are decoded again.
+sizes and times; the notes have one of their inodes and times of status change. Files that differ are decoded again.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -15,7 +14,6 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +22,7 @@ import filelock
 import joblib
 import numpy as np
 import PIL
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from effnet_study.data.image_files import File, read_image, reason
 from effnet_study.files import replace_file, write_json
@@ -38,11 +36,8 @@ class DamagedImages(ValueError):
 
     def __init__(self, files: list[tuple[Path, str]], total: int):
         self.files = files
-        named = "; ".join(f"{path} ({reason})" for path, reason in files[:5])
-        more = f"; and {len(files) - 5} more" if len(files) > 5 else ""
-        super().__init__(
-            f"{len(files)} of {total} files cannot be read as an image: {named}{more}; repair or remove them"
-        )
+        named = "; ".join(f"{path} ({reason})" for path, reason in files[:5]) + "; ..." * (len(files) > 5)
+        super().__init__(f"{len(files)} of {total} files cannot be read as an image: {named}; repair or remove them")
 
 
 def digest(files: list[File], size: int) -> str:
@@ -53,8 +48,7 @@ def digest(files: list[File], size: int) -> str:
 
 
 def identity(files: list[File]) -> str:
-    """Return a digest of the inodes and times of status change. Files that swap places, or are written to while their
-    size and time are kept, change it."""
+    """Return a digest of the inodes and times of status change. It shows files that have swapped places."""
     return hashlib.blake2b(repr([file[3:] for file in files]).encode(), digest_size=16).hexdigest()
 
 
@@ -67,17 +61,14 @@ class Decoded:
     path: Path | None = None  # of the cache
     source: tuple[Path, list[File]] | None = None  # folder and files that were decoded
 
-    def damaged_blocks(self, blocks: Iterable[int] | None = None, checks: list[int] | None = None) -> list[int]:
-        """List the damaged blocks, whose checksum differs, among `blocks` (default: all).
-
-        checks: what they should be (default: what they were when the images were decoded)."""
-        checks = self.notes["checks"] if checks is None else checks
-        blocks = range(len(checks)) if blocks is None else blocks
+    def damaged_blocks(self, blocks: Iterable[int], checks: list[int]) -> list[int]:
+        """List those of `blocks` whose checksum is not the one in `checks`."""
         return [b for b in blocks if zlib.crc32(self.images[b * BLOCK : (b + 1) * BLOCK]) != checks[b]]
 
     def stale_blocks(self) -> list[int]:
         """Decode the files again, and list the blocks that differ from them. Raises DamagedImages."""
-        return self.damaged_blocks(checks=_decode(*self.source, self.images.shape[1])["checks"])
+        checks = _decode(*self.source, self.images.shape[1])["checks"]
+        return self.damaged_blocks(range(len(checks)), checks)
 
 
 def load_images(folder: Path, files: list[File], size: int, cache: Path, name: str) -> Decoded:
@@ -89,24 +80,16 @@ def load_images(folder: Path, files: list[File], size: int, cache: Path, name: s
         return kept
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(cache / f".{name}-{size}px.lock"):
-            if (kept := _open(path, folder, files)) is None:  # another process may have made it meanwhile
-                _write(path, folder, files, size)
-                kept = _open(path, folder, files)
-        return kept
+        with filelock.FileLock(cache / f".{name}-{size}px.lock"):  # another process may have made it meanwhile
+            return _open(path, folder, files) or _write(path, folder, files, size)
     except OSError as error:
         cure = "set $EFFNET_CACHE to a folder with room"
         raise OSError(error.errno, f"no decoded images can be written to {cache} ({error}); {cure}") from None
 
 
-def _write(path: Path, folder: Path, files: list[File], size: int) -> None:
-    """Decode images into the cache at `path`. Remove what is of no more use first, because it takes room.
-
-    That is what a killed process left, and caches of the same name and size that were made of other files. Copies of a
-    folder can take turns: the notes keep the identities of all files that gave the same pixels."""
-    before = {}
-    with contextlib.suppress(OSError, ValueError):
-        before = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+def _write(path: Path, folder: Path, files: list[File], size: int) -> Decoded:
+    """Decode images into the cache at `path`. Remove what is of no more use first, because it takes room: what a killed
+    process left, and caches of the same name and size that were made of other files."""
     for old in path.parent.iterdir():
         if old.name.removeprefix(".").startswith(path.stem[:-32]):
             old.unlink(missing_ok=True)
@@ -122,16 +105,14 @@ def _write(path: Path, folder: Path, files: list[File], size: int) -> None:
             notes.update(_decode(folder, files, size, stream))
 
     replace_file(path, write)
-    same = before.get("identities", []) if before.get("checks") == notes["checks"] else []
-    notes |= {"identities": [*same[-99:], identity(files)], "written": path.stat().st_mtime_ns}
+    notes |= {"identities": [identity(files)], "written": path.stat().st_mtime_ns}
     write_json(path.with_suffix(".json"), notes)
+    return Decoded(np.load(path, mmap_mode="r"), notes, path, (folder, files))
 
 
 def _decode(folder: Path, files: list[File], size: int, stream: BinaryIO | None = None) -> dict:
-    """Decode all images on all cores, and write their pixels to `stream`, from where it stands, if there is one.
-
-    Returns notes: counts of the files' sizes and modes, and the checks of the blocks. Raises DamagedImages at the end.
-    """
+    """Decode all images on all cores, and write their pixels to `stream`, from where it stands, if there is one. Return
+    counts of the files' sizes and modes, and the checks of the blocks. Raises DamagedImages at the end."""
     names, found, damaged = [file[0] for file in files], [], []
     begin, lock = stream and stream.tell(), threading.Lock()
 
@@ -145,19 +126,17 @@ def _decode(folder: Path, files: list[File], size: int, stream: BinaryIO | None 
             except MemoryError:
                 raise
             except Exception as error:  # a decoder that reads garbage may raise anything
-                damaged.append((folder / name, reason(folder / name, error)))
+                damaged.append((folder / name, reason(error)))
         if stream:
             with lock:
                 stream.seek(begin + first * size * size * 3)
                 stream.write(pixels)
         return zlib.crc32(pixels)
 
-    purpose = "once" if stream else "to compare the cache with them"
-    print(f"decoding {len(names):,} images of {folder.name} to {size} px, {purpose}", flush=True)
-    starts = range(0, len(names), BLOCK)
-    with ThreadPoolExecutor(joblib.cpu_count()) as pool:  # Pillow decodes without Python's lock
-        blocks = pool.map(decode_block, starts)
-        checks = list(tqdm(blocks, total=len(starts), unit=" blocks", leave=False, disable=None))
+    print(f"decoding {len(names):,} images of {folder.name} to {size} px", flush=True)
+    bar = {"unit": " blocks", "leave": False, "disable": None}
+    # In threads, because Pillow decodes without Python's lock
+    checks = thread_map(decode_block, range(0, len(names), BLOCK), max_workers=joblib.cpu_count(), **bar)
     if damaged:
         raise DamagedImages(sorted(damaged), len(names))
     sizes, modes = (dict(Counter(values)) for values in zip(*found, strict=True))
@@ -166,17 +145,16 @@ def _decode(folder: Path, files: list[File], size: int, stream: BinaryIO | None 
 
 def _open(path: Path, folder: Path, files: list[File]) -> Decoded | None:
     """Open the cache at `path`. None if it is not there, or made of other files, or, with a warning, if it is damaged.
-
     If the file was written to since it was made, all blocks are checked. Otherwise eight are, which takes no time."""
     if not path.with_suffix(".json").exists():
         return None
     try:
         notes = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        kept = Decoded(np.load(path, mmap_mode="r"), notes, path, (folder, files))
-        count = len(notes["checks"])
-        untouched = notes["written"] == path.stat().st_mtime_ns
-        some = {round((count - 1) * i / 7) for i in range(8)} if untouched else None
-        if count != -(-len(kept.images) // BLOCK) or kept.damaged_blocks(some):
+        kept, checks = Decoded(np.load(path, mmap_mode="r"), notes, path, (folder, files)), notes["checks"]
+        blocks = range(len(checks))
+        if notes["written"] == path.stat().st_mtime_ns:
+            blocks = {round((len(checks) - 1) * i / 7) for i in range(8)}
+        if len(checks) != -(-len(kept.images) // BLOCK) or kept.damaged_blocks(blocks, checks):
             raise ValueError("its pixels have changed")
         return kept if identity(files) in notes.get("identities", []) else None
     except (ValueError, KeyError, EOFError, FileNotFoundError) as error:

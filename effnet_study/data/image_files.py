@@ -1,6 +1,5 @@
 """Image files: which there are in a folder, and the pixels of one as 8-bit RGB."""
 
-import functools
 import io
 import os
 import warnings
@@ -24,47 +23,37 @@ SYSTEM |= {"thumbs.db", "desktop.ini"}
 File = tuple[str, int, int, int, int]
 
 
-@functools.cache
-def suffixes() -> frozenset[str]:
-    """Return the endings of images, in lower case: those of all formats that the installed Pillow can open."""
-    known = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, kind in known if kind in Image.OPEN and kind not in NO_IMAGES)
-
-
 def is_hidden(name: str) -> bool:
     """True for files and folders that systems or programs put beside images."""
     return name.startswith(".") or name.lower() in SYSTEM
 
 
-def kind_of(name: str, is_folder: bool) -> str:
-    """Return what a file or folder that is left out is counted as: its ending, or its name if that tells more."""
-    suffix = os.path.splitext(name)[1].lower()
-    if name.startswith("._"):  # what a Mac leaves beside every file
-        return "._*"
-    return f"{name}/" if is_folder else name if is_hidden(name) or not suffix else f"*{suffix}"
+def kind_of(name: str) -> str:
+    """Return what a file or folder that is left out is counted as: "hidden", its ending, or its name."""
+    return "hidden" if is_hidden(name) else os.path.splitext(name)[1].lower() or name
 
 
 def scan(folder: Path, under: str, left_out: Counter | None = None) -> list[File]:
-    """List the images in folder/under, at any depth, sorted by path. Count in `left_out` what is not listed, by kind.
-
-    A link that leads nowhere is listed, so decoding names it. The list is empty if there is no such folder."""
+    """List the images in folder/under, at any depth, sorted by path: files with the ending of a format that Pillow can
+    open. Count in `left_out` what is not listed, by kind. The list is empty if there is no such folder."""
     found, left_out = [], Counter() if left_out is None else left_out
+    formats = Image.registered_extensions().items()
+    suffixes = {suffix for suffix, kind in formats if kind in Image.OPEN and kind not in NO_IMAGES}
 
     def unreadable(error: OSError) -> None:
-        left_out[f"{error.filename}/, {error.strerror}"] += 1
+        left_out[f"{error.filename} ({error.strerror})"] += 1
 
     for place, folders, names in os.walk(folder / under, followlinks=True, onerror=unreadable):
-        left_out.update(kind_of(name, True) for name in folders if is_hidden(name))
+        left_out.update(kind_of(name) for name in folders if is_hidden(name))
         folders[:] = [name for name in folders if not is_hidden(name)]
         for name in names:
+            if is_hidden(name) or os.path.splitext(name)[1].lower() not in suffixes:
+                left_out[kind_of(name)] += 1
+                continue
             file = os.path.join(place, name)
-            image = not is_hidden(name) and os.path.splitext(name)[1].lower() in suffixes()
-            if image and (os.path.isfile(file) or os.path.islink(file)):
-                status = os.stat(file, follow_symlinks=os.path.exists(file))
-                path = file[len(os.path.join(folder, "")) :]
-                found.append((path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns))
-            else:
-                left_out[kind_of(name, False)] += 1
+            status = os.stat(file, follow_symlinks=os.path.exists(file))  # decoding names a link that leads nowhere
+            path = file[len(os.path.join(folder, "")) :]
+            found.append((path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns))
     return sorted(found)
 
 
@@ -72,14 +61,9 @@ def scan(folder: Path, under: str, left_out: Counter | None = None) -> list[File
 
 
 def read_image(file: Path, size: int) -> tuple[np.ndarray, str, str]:
-    """Read an image as 8-bit RGB (size, size, 3). Return the size in its file, "WIDTHxHEIGHT", and Pillow's mode too.
-
-    The image is resized (antialiased) until its shorter side is `size`, and its middle is cut out. See `open_image`.
-    """
+    """Read an image as `open_image` does, as (size, size, 3): its middle square, resized antialiased."""
     image, *about = open_image(file, size)
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image), *about
+    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)), *about
 
 
 def open_image(file: Path, needed: int | None = None) -> tuple[Image.Image, str, str]:
@@ -87,19 +71,10 @@ def open_image(file: Path, needed: int | None = None) -> tuple[Image.Image, str,
 
     needed: the shorter side in pixels that suffices; a much larger JPEG is decoded at a half, a quarter or an eighth.
 
-    | in the file                                              | what happens                                        |
-    |----------------------------------------------------------|-----------------------------------------------------|
-    | EXIF orientation 1 to 8                                  | turned upright                                      |
-    | several images (animation, pages)                        | the first                                           |
-    | 1, L, P, RGB, CMYK, YCbCr, grey of 10 to 16 bits (I;16)  | scaled to 8-bit RGB, without colour profile         |
-    | white as zero (TIFF)                                     | inverted                                            |
-    | LAB                                                      | converted to sRGB                                   |
-    | LA, PA, RGBA, P or L or RGB with a transparent colour    | laid over white                                     |
-    | damaged metadata                                         | read without it, with a warning                     |
-    | RGB of 16 bits with a transparent colour                 | ValueError: Pillow keeps too little of the colour   |
-    | I, grey of 32 bits: up to 65535, and not all below 256   | taken for 16 bits                                   |
-    | I otherwise, F, signed samples                           | ValueError: unknown range                           |
-    | damaged or unknown                                       | what Pillow raises                                  |
+    It is turned upright by its EXIF data. Of several images the first is taken. Transparent parts become white, grey of
+    10 to 16 bits is scaled, LAB becomes sRGB; other colour profiles are ignored. Damaged metadata are a warning.
+    ValueError for pixels of unknown range (32 bits, signed, floating point), and for 16-bit colours with a transparent
+    one, of which Pillow keeps too little. Damaged pixels raise what Pillow raises.
     """
     data, damaged = file.read_bytes(), False
     try:
@@ -168,10 +143,6 @@ def _to_rgb(image: Image.Image, data: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def reason(file: Path, error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Say in words why a file could not be read as an image."""
-    if not file.exists():
-        return "it is a link that leads nowhere" if file.is_symlink() else "it is gone"
-    if file.stat().st_size == 0:
-        return "it is empty"
     return "no image that Pillow knows" if isinstance(error, PIL.UnidentifiedImageError) else str(error)

@@ -20,8 +20,9 @@ def inspect_data(data: ImageData) -> dict:
     for i, split in sorted((i, split) for split, index in indices.items() for i in index.tolist()):
         image = {"image": data.files[i] if data.files else i, "split": split, "class": data.classes[labels[i]]}
         equal[hashlib.blake2b(data.images[i].numpy(), digest_size=16).digest()].append(image)
-    damaged = decoded.stale_blocks() if decoded.path else []
-    cache = {"path": str(decoded.path), "bytes": data.images.nbytes, "damaged_blocks": damaged}
+    cache = None
+    if decoded.path:
+        cache = {"path": str(decoded.path), "bytes": data.images.nbytes, "damaged_blocks": decoded.stale_blocks()}
     return {
         **data.describe(),
         "images_per_class": [
@@ -30,20 +31,20 @@ def inspect_data(data: ImageData) -> dict:
         ],
         **{name: dict(Counter(decoded.notes[name]).most_common()) for name in ("sizes", "modes")},
         "duplicates": [group for group in equal.values() if len(group) > 1],
-        "cache": cache if decoded.path else None,
+        "cache": cache,
     }
 
 
 def describe_data(facts: dict) -> str:
     """Put what `inspect_data` found in words."""
-    groups, cache, sizes = facts["duplicates"], facts["cache"], facts["sizes"]
+    groups, cache = facts["duplicates"], facts["cache"]
     lines = [f"{facts['title']}: {facts['classes']} classes, stored at {facts['stored_pixels'][0]} px"]
     for split, count in facts["counts"].items():
         per_class = [row[split] for row in facts["images_per_class"]]
         lines.append(f"  {split:<8} {count:>9,} images, {min(per_class)} to {max(per_class)} of each class")
-    common = ", ".join(f"{size} ({count:,})" for size, count in list(sizes.items())[:3])
-    lines.append(f"  sizes    {common}{f' and {len(sizes) - 3} more' if len(sizes) > 3 else ''}")
-    lines.append(f"  modes    {', '.join(f'{mode} ({count:,})' for mode, count in facts['modes'].items())}")
+    for name in ("sizes", "modes"):
+        common = [f"{value} ({count:,})" for value, count in facts[name].items()]
+        lines.append(f"  {name:<8} {', '.join(common[:5])}{', ...' * (len(common) > 5)}")
     for name in ("mean", "std"):
         lines.append(f"  {name:<8} {', '.join(f'{value:.2f}' for value in facts[name])} (of 255; RGB, training images)")
     leaks = [group for group in groups if len({image["split"] == "test" for image in group}) == 2]
@@ -68,13 +69,12 @@ def sample_grid(data: ImageData, classes: int = 12, columns: int = 10):
 
     chosen = np.unique(np.linspace(0, len(data.classes) - 1, min(classes, len(data.classes))).round().astype(int))
     figure = Figure(figsize=(columns * 0.8 + 1.6, len(chosen) * 0.8), layout="constrained")
-    axes = figure.subplots(len(chosen), columns, squeeze=False)
+    bare = {"xticks": [], "yticks": [], "frame_on": False}
+    axes = figure.subplots(len(chosen), columns, squeeze=False, subplot_kw=bare)
     train = data.indices["train"]
     for row, c in zip(axes, chosen, strict=True):
         images = train[data.labels[train] == c]
         for ax, i in zip(row, images[:: max(1, len(images) // columns)].tolist(), strict=False):
             ax.imshow(data.images[i].numpy())
-        for ax in row:
-            ax.set(xticks=[], yticks=[], frame_on=False)
         row[0].set_ylabel(drawn(data.classes[c], 18), rotation=0, ha="right", va="center", fontsize=8)
     return figure

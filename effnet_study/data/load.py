@@ -17,7 +17,7 @@ import torch
 from effnet_study.data.archives import provide
 from effnet_study.data.dataset import ImageData
 from effnet_study.data.decode import BLOCK, load_images
-from effnet_study.data.sources import CLASS_COUNTS, DATA_SETS, MINIVAL, TEST, TRAIN, DataSettings, Place, Source
+from effnet_study.data.sources import DATA_SETS, MINIVAL, TEST, TRAIN, DataSettings, Place, Source
 from effnet_study.files import ROOT, write_json
 from effnet_study.machine import memory
 
@@ -29,32 +29,25 @@ def data_root(root: Place = None) -> Path:
     return Path(root or os.environ.get("EFFNET_DATA") or ROOT / "data").expanduser()
 
 
-def class_count(name: str) -> int:
-    """Return how many classes a data set has. For a folder, count them without reading images."""
-    settings = DataSettings(name=name)
-    return CLASS_COUNTS.get(settings.kind) or len(_find(settings, data_root(), download=False).classes)
-
-
 def load_data(name: str, root: Place = None, *, download: bool = True, cache: Place = None, **settings) -> ImageData:
-    """Load a data set: one of NAMES. `settings` are those of DataSettings.
-
-    root: where data lies (default: see `data_root`). download: fetch a missing data set that has a public address.
-    cache: where images are kept decoded (default: $EFFNET_CACHE, else cache/ in root).
-
-    PATH of folder:PATH is absolute, or relative to root or to the working folder.
+    """Load a data set: one of NAMES. `settings` are those of DataSettings. PATH of folder:PATH is absolute, or relative
+    to root or to the working folder. download: fetch a missing data set that has a public address.
 
     Raises ValueError for bad arguments, damaged copies and damaged images (which it names), FileNotFoundError for
     missing data with the places tried and what to do."""
     settings, root = DataSettings(name=name, **settings), data_root(root)
     known = DATA_SETS[settings.kind]
     settings = settings.replace(size=settings.size or known.size)
-    source = _find(settings, root, download)
+    source = find_source(settings, root, download)
     if source.layout or source.left_out:
         print(source.describe(), flush=True)
     indices = _split(settings, source)  # so every error in the settings comes before anything is decoded
     if source.decoded is None:
-        cache = Path(cache or os.environ.get("EFFNET_CACHE") or root / "cache").expanduser()
-        name = _cache_name(settings, source)
+        cache, name = Path(cache or os.environ.get("EFFNET_CACHE") or root / "cache").expanduser(), settings.kind
+        if name == "folder":
+            place = hashlib.blake2b(os.fsencode(source.folder.absolute()), digest_size=4).hexdigest()
+            name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', source.folder.name)}-{place}"
+        name += "" if settings.classes is None else f"-{settings.classes}"
         source.decoded = load_images(source.folder, source.files, settings.size, cache, name)
     fingerprint, mean, std = _measured(source, indices)
     with warnings.catch_warnings():
@@ -79,23 +72,14 @@ def load_data(name: str, root: Place = None, *, download: bool = True, cache: Pl
     )
 
 
-def _cache_name(settings: DataSettings, source: Source) -> str:
-    name = settings.kind
-    if name == "folder":
-        place = hashlib.blake2b(os.fsencode(source.folder.absolute()), digest_size=4).hexdigest()
-        name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', source.folder.name)}-{place}"
-    return name if settings.classes is None else f"{name}-{settings.classes}"
-
-
-def _find(settings: DataSettings, root: Path, download: bool) -> Source:
-    """Find a data set's folder, or fetch it, and read what is in it. Raise an error if the copy is not complete."""
+def find_source(settings: DataSettings, root: Path, download: bool = False) -> Source:
+    """Find a data set's folder, or fetch it, and list what is in it. Raise an error if the copy is not complete."""
     known, path = DATA_SETS[settings.kind], Path(settings.name.partition(":")[2]).expanduser()
     if settings.kind == "folder":
-        tried = [path] if path.is_absolute() else [root / path, path]
-        folder = next((place for place in tried if place.is_dir()), None)
-        if folder is None:
+        folder = root / path if (root / path).is_dir() else path
+        if not folder.is_dir():
             raise FileNotFoundError(
-                f"{settings.name}: no such folder; tried {' and '.join(str(place.absolute()) for place in tried)}. "
+                f"{settings.name}: no such folder; tried {(root / path).absolute()} and {path.absolute()}. "
                 "Put the images there, or set $EFFNET_DATA to the folder that holds it"
             )
     elif known.archive is not None:
@@ -129,30 +113,19 @@ def _split(settings: DataSettings, source: Source) -> dict[str, np.ndarray]:
     count, labels, parts = len(source.classes[: settings.classes]), np.array(source.labels), np.array(source.parts)
     if settings.classes is not None and settings.classes > count:
         raise ValueError(f"classes: {settings.name} has {count}, got {settings.classes!r}")
-
-    def check(**split: np.ndarray) -> None:
-        for part, index in split.items():
-            if empty := sorted(set(range(count)) - set(labels[index])):
-                kinds = " (a file that ends in .jpg, .png or another way that Pillow knows)" if source.folder else ""
-                raise ValueError(
-                    f"{settings.name}: class {source.classes[empty[0]]!r} has no image in {part}{kinds}; it needs some "
-                    "in every split. Larger shares for minival and test help rare classes: minival=0.3 test=0.3"
-                )
+    larger = "Larger shares for minival and test help rare classes: minival=0.3 test=0.3"
 
     def hold_out(part: str, fraction: float) -> list[np.ndarray]:
-        options = {"test_size": fraction, "random_state": SPLIT_SEED, "stratify": labels[train]}
         try:
-            return train_test_split(train, **options)
+            return train_test_split(train, test_size=fraction, random_state=SPLIT_SEED, stratify=labels[train])
         except ValueError as error:
             images = np.bincount(labels[train], minlength=count)
-            rarest = f"class {source.classes[images.argmin()]!r} has {images.min()} of {settings.name}'s {len(train)}"
+            rarest = f"class {source.classes[images.argmin()]!r} has {images.min()} of {len(train)} images"
             raise ValueError(
-                f"{part}: cannot hold out {fraction} of each class: {error} {rarest} training images. Add images, or "
-                "hold out a larger share of each class: minival=0.3 test=0.3"
+                f"{part}: cannot hold out {fraction} of each class of {settings.name}: {error} {rarest}. {larger}"
             ) from None
 
     train, minival, test = (np.flatnonzero((labels < count) & (parts == part)) for part in (TRAIN, MINIVAL, TEST))
-    check(train=train)
     if not source.test_given:
         train, test = hold_out("test", settings.test or 0.2)
         train = np.sort(train)
@@ -163,13 +136,18 @@ def _split(settings: DataSettings, source: Source) -> dict[str, np.ndarray]:
     if settings.train_per_class is not None:
         train = np.concatenate([train[labels[train] == c][: settings.train_per_class] for c in range(count)])
     split = {"train": np.sort(train), "minival": np.sort(minival), "test": np.sort(test)}
-    check(**split)
+    for part, index in split.items():
+        if empty := sorted(set(range(count)) - set(labels[index])):
+            raise ValueError(
+                f"{settings.name}: class {source.classes[empty[0]]!r} has no image in {part} (a file that ends in "
+                f".jpg, .png or another way that Pillow knows); it needs some in every split. {larger}"
+            )
     return split
 
 
 def _measured(source: Source, split: dict[str, np.ndarray]) -> tuple[str, list[float], list[float]]:
-    """Return the fingerprint of images, labels and split, and mean and standard deviation of the training images per
-    channel. They need all pixels, so the cache keeps them."""
+    """Return the fingerprint of images, labels and split, and each channel's mean and standard deviation over the
+    training images. They need all pixels, so the cache keeps them."""
     digest, labels = hashlib.blake2b(digest_size=16), np.array(source.labels)
     for part, index in split.items():
         digest.update(part.encode() + index.astype("<i8").tobytes())

@@ -86,28 +86,37 @@ class Source:
         self.parts += [part] * len(files)
 
     def add_folders(self, parts: Mapping[str, int], names: Sequence[str]) -> None:
-        """Add the images of folder/PART/NAME for every part and for the name of every class."""
+        """Add the images of folder/PART/NAME for every part and for the name of every class. ValueError if they lie in
+        several folders deeper, but not in NAME itself, because these folders can be the classes."""
         for part, number in parts.items():
             self.leave_out(part, names)
             for label, name in enumerate(names):
-                self.add(scan(self.folder, os.path.join(part, name), self.left_out), label, number)
+                place = os.path.join(part, name)
+                files = scan(self.folder, place, self.left_out)
+                deeper = sorted({os.path.dirname(file[0]) for file in files})
+                if len(deeper) > 1 and place not in deeper:
+                    some = ", ".join(f"{os.path.relpath(path, place)}/" for path in deeper[:3])
+                    raise ValueError(
+                        f"{self.folder / place} holds no images, only folders ({some}), so it is not clear which "
+                        "folders are classes; expected CLASS/ with images in it, or such folders in train/ and test/ "
+                        f"(names of splits: {', '.join(SPLITS)})"
+                    )
+                self.add(files, label, number)
 
     def leave_out(self, under: str, taken: Iterable[str]) -> None:
         """Count what folder/under has besides the names that are taken."""
-        others = [entry for entry in os.scandir(self.folder / under) if entry.name not in taken]
-        self.left_out.update(kind_of(entry.name, entry.is_dir()) for entry in others)
+        self.left_out.update(kind_of(name) for name in os.listdir(self.folder / under) if name not in taken)
 
     def describe(self) -> str:
-        """Say in a line what was taken for what, and what was left out."""
+        """Say in a line what was taken for what, and the most common kinds of what was left out."""
         kinds = [f"{kind} ({count:,})" for kind, count in self.left_out.most_common()]
-        more = [f"and {len(kinds) - 9} more kinds"] if len(kinds) > 9 else []
-        left_out = f"left out: {', '.join(kinds[:9] + more)}" if kinds else ""
+        left_out = f"left out: {', '.join(kinds[:10])}{', ...' * (len(kinds) > 10)}" if kinds else ""
         return plain(f"{self.folder.name}: {'; '.join(filter(None, [self.layout, left_out]))}")
 
 
 # ---- 2. Readers ----------------------------------------------------------------------------------------------------
-# A reader takes the settings and the data set's folder, and returns a Source. It need not check that a copy with an
-# archive is complete: whatever it raises, and a wrong number of images, are reported with the way to get a good copy.
+# A reader takes the settings and the data set's folder, and returns a Source. Whatever it raises, and a wrong number of
+# images, are reported with the way to get a good copy.
 
 
 def _read_digits(settings: DataSettings, folder: Path) -> Source:
@@ -170,16 +179,15 @@ def _list_food101(settings: DataSettings, folder: Path) -> Source:
 
 def _list_imagenet(settings: DataSettings, folder: Path) -> Source:
     """List ImageNet-1k in the usual layout, train/WNID/ and val/WNID/. Its labelled val set is our test set."""
-    for part in ("train", "val"):
-        if not _folders(folder / part):
+    expected = settings.classes or CLASS_COUNTS["imagenet"]
+    wnids, val = (_folders(folder / part)[: settings.classes] for part in ("train", "val"))
+    for part, found in {"train": wnids, "val": val}.items():
+        if len(found) != expected:
             raise FileNotFoundError(
-                f"imagenet: {(folder / part).absolute()} has no class folders. It cannot be downloaded without an "
-                f"account at image-net.org: put (or link) its class folders into train/ and val/ of {folder.absolute()}"
+                f"{(folder / part).absolute()} has {len(found)} class folders, expected {expected}. ImageNet cannot be "
+                "downloaded without an account at image-net.org: put (or link) its class folders into train/ and val/, "
+                "or use only complete classes, the first ones: classes=N"
             )
-    wnids, expected = _folders(folder / "train")[: settings.classes], settings.classes or CLASS_COUNTS["imagenet"]
-    if len(wnids) != expected:
-        cure = "complete the copy, or use the first classes alone: classes=N"
-        raise FileNotFoundError(f"{folder / 'train'} has {len(wnids)} class folders, expected {expected}; {cure}")
     from torchvision.models import ResNet50_Weights  # it has the names of all classes, in the order of their wnids
 
     source = Source(ResNet50_Weights.DEFAULT.meta["categories"] if settings.classes is None else wnids, folder)
@@ -191,12 +199,9 @@ def _list_imagenet(settings: DataSettings, folder: Path) -> Source:
 
 
 def _list_folder(settings: DataSettings, folder: Path) -> Source:
-    """List train/CLASS/ and test/CLASS/ (or val/; with both, val is the minival), or CLASS/ alone.
-
-    SPLITS has the other names of these folders. Classes are folders, sorted by name. Their images may lie deeper, but
-    not in several folders alone, because these can be the classes."""
-    found = {SPLITS[name.lower()]: name for name in _folders(folder) if name.lower() in SPLITS}
+    """List train/CLASS/ and test/CLASS/ (or val/; with both, val is the minival), or CLASS/ alone."""
     names = [name for name in _folders(folder) if name.lower() in SPLITS]
+    found = {SPLITS[name.lower()]: name for name in names}
     if names and (TRAIN not in found or len(found) == 1 or len(found) < len(names)):
         raise FileNotFoundError(
             f"{folder} has {' and '.join(f'{name}/' for name in names)}; expected train/, and test/ or val/, of class "
@@ -204,50 +209,30 @@ def _list_folder(settings: DataSettings, folder: Path) -> Source:
         )
     if found and settings.test is not None:
         raise ValueError(f"test: {folder} has a test set of its own; leave the setting out")
-    place = folder / found.get(TRAIN, "")
-    classes = _folders(place)
+    classes = _folders(folder / found.get(TRAIN, ""))
     if len(classes) < 2:
-        there = "".join(f" (found {name}/)" for name in classes)
-        raise ValueError(f"{place} has {len(classes)} class folders; expected at least 2{there}")
+        raise ValueError(f"{folder / found.get(TRAIN, '')} has {len(classes)} class folders; expected at least 2")
     for part in found.values():
-        for name in _folders(folder / part):
-            if name not in classes:
-                raise ValueError(f"{folder / part / name}: class {name!r} is not in {place}")
+        if others := set(_folders(folder / part)) - set(classes):
+            raise ValueError(f"{folder / part}: class {min(others)!r} is not in {folder / found[TRAIN]}")
     if TEST not in found and MINIVAL in found:
         found[TEST] = found.pop(MINIVAL)
     source = Source(classes[: settings.classes], folder, test_given=bool(found))
     source.add_folders({name: part for part, name in sorted(found.items())} or {"": TRAIN}, source.classes)
     if found:
         source.leave_out("", names)
-    _check_depth(source, 2 if found else 1)
-    drawn = "drawn from train"
-    train, minival, test = (f"{found[part]}/" if part in found else drawn for part in (TRAIN, MINIVAL, TEST))
-    names = ", ".join(source.classes[:5]) + (", ..." if len(source.classes) > 5 else "")
+    train, minival, test = (f"{found[part]}/" if part in found else "drawn from train" for part in range(3))
+    some = ", ".join(source.classes[:5]) + ", ..." * (len(source.classes) > 5)
     source.layout = f"train = {train if found else 'CLASS/'}, minival = {minival}, test = {test}; "
-    source.layout += f"{len(source.classes)} classes: {names}"
+    source.layout += f"{len(source.classes)} classes: {some}"
     return source
-
-
-def _check_depth(source: Source, depth: int) -> None:
-    """Raise ValueError if a class, a folder at this depth, has images in several folders, but none of its own."""
-    places = {}  # class folder to the folders of its images
-    for place in {os.path.dirname(file[0]) for file in source.files}:
-        places.setdefault(os.sep.join(place.split(os.sep)[:depth]), []).append(place)
-    for name, inside in sorted(places.items()):
-        if name not in inside and len(inside) > 1:
-            some = ", ".join(f"{os.path.relpath(place, name)}/" for place in sorted(inside)[:3])
-            raise ValueError(
-                f"{source.folder / name} holds no images, only folders ({some}), so it is not clear which folders "
-                "are classes; expected CLASS/ with images in it, or such folders in train/ and test/ "
-                f"(names of splits: {', '.join(SPLITS)})"
-            )
 
 
 def _folders(place: Path) -> list[str]:
     """List the folders in `place` by name, without hidden ones. Empty if there is no such place."""
     if not place.is_dir():
         return []
-    return sorted(entry.name for entry in os.scandir(place) if entry.is_dir() and not is_hidden(entry.name))
+    return sorted(path.name for path in place.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
 # ---- 3. The data sets ----------------------------------------------------------------------------------------------
@@ -265,9 +250,9 @@ class DataSet:
     per_class: tuple[int | None, int | None] = (None, None)  # images that each class has in train and test, if checked
 
 
-_CIFAR = "https://www.cs.toronto.edu/~kriz/"
-_CIFAR10 = Archive(f"{_CIFAR}cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "cifar-10-batches-py")
-_CIFAR100 = Archive(f"{_CIFAR}cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", "cifar-100-python")
+_CIFAR = "https://www.cs.toronto.edu/~kriz/cifar"
+_CIFAR10 = Archive(f"{_CIFAR}-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "cifar-10-batches-py")
+_CIFAR100 = Archive(f"{_CIFAR}-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", "cifar-100-python")
 _TINY = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _TINY_IMAGENET = Archive(_TINY, "90528d7ca1a48142e341f4ef8d21d0de", "tiny-imagenet-200")
 _FOOD = "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"
