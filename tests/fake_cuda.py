@@ -75,6 +75,7 @@ def fake_cuda():
             (torch.nn.Module, "to", _module_to),
             (FakeTensorMode, "avoid_device_init", True),
             (Tensor, "pin_memory", lambda self: self),
+            (Tensor, "record_stream", lambda self, stream: None),
             # On a GPU, cuDNN takes every convolution, in channels-last memory if its input or its weight is
             (torch._C, "_select_conv_backend", lambda *arguments, **options: torch._C._ConvBackend.Cudnn),
             (torch._C, "_conv_determine_backend_memory_format", _convolution_format),

@@ -106,7 +106,8 @@ def watch_batch(pixels: int, changes: dict, streamed: bool = False) -> dict:
         images, labels = next(batches)
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert images.device.type == labels.device.type == "cuda"
-        return watch.report()
+        copies, waited = torch.cuda.Stream.return_value.record_event, torch.cuda.current_stream.return_value.wait_event
+        return watch.report() | {"copied": copies.call_count, "waited": waited.call_count}
 
 
 def generate_code(scaling: Scaling) -> tuple[int, list[str]]:
@@ -225,7 +226,9 @@ def test_a_training_batch(faked, pixels, changes, launches):
 
 
 def test_a_streamed_batch(faked):
-    check(faked(watch_batch, 64, {"crop_area": 0.25, "flip": True}, True), 51)
+    report = faked(watch_batch, 64, {"crop_area": 0.25, "flip": True}, True)
+    check(report, 51)
+    assert report["copied"] == 3 and report["waited"] == 2  # the third batch is copied before the second is used
 
 
 @pytest.mark.parametrize("pixels, launches", [(40, 1260), (64, 1470)])

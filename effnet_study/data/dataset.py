@@ -115,28 +115,44 @@ class ImageData:
 
     def _read(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield stored images and labels of each of `batches` (indices), on the device. If they are streamed, threads
-        read some batches ahead into pinned memory, so that the copy to a GPU does not stop the host."""
+        read some batches ahead into pinned memory, and a GPU copies the next batch beside its work on this one."""
         if not self.streamed:
             yield from ((self.images.index_select(0, index), self.labels.index_select(0, index)) for index in batches)
             return
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
         def read(index: Tensor) -> list[Tensor]:
             batch = self.images.index_select(0, index), self.labels.index_select(0, index)
-            return [part.pin_memory() if self.device.type == "cuda" else part for part in batch]
+            return [part.pin_memory() if stream else part for part in batch]
 
-        def fetch(batch: Future) -> tuple[Tensor, Tensor]:
-            return tuple(part.to(self.device, non_blocking=True) for part in batch.result())
+        def copy(batch: Future) -> tuple[list[Tensor], torch.cuda.Event | None]:
+            with torch.cuda.stream(stream):
+                parts = [part.to(self.device, non_blocking=True) for part in batch.result()]
+                return parts, stream and stream.record_event()
 
-        waiting = deque()
-        with ThreadPoolExecutor(4) as pool:
-            try:
-                for index in batches:
-                    waiting.append(pool.submit(read, index))
-                    if len(waiting) > min(8, 2**31 // (len(index) * self.images[0].nbytes)):  # or 2 GiB
-                        yield fetch(waiting.popleft())
-                yield from map(fetch, waiting)
-            finally:
-                pool.shutdown(cancel_futures=True)
+        def copies() -> Iterator[tuple[list[Tensor], torch.cuda.Event | None]]:
+            waiting = deque()
+            with ThreadPoolExecutor(4) as pool:
+                try:
+                    for index in batches:
+                        waiting.append(pool.submit(read, index))
+                        if len(waiting) > min(8, 2**31 // (len(index) * self.images[0].nbytes)):  # or 2 GiB
+                            yield copy(waiting.popleft())
+                    yield from map(copy, waiting)
+                finally:
+                    pool.shutdown(cancel_futures=True)
+
+        copied = copies()
+        following = next(copied, None)
+        while following:
+            (images, labels), done = following
+            following = next(copied, None)
+            if done:  # the copy is waited for by the device, and not by the host
+                current = torch.cuda.current_stream(self.device)
+                current.wait_event(done)
+                images.record_stream(current)
+                labels.record_stream(current)
+            yield images, labels
 
     def normalise(self, images: Tensor) -> Tensor:
         """Scale (N, 3, R, R) in [0, 255] to zero mean and unit variance per channel, in channels-last memory."""
