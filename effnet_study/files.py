@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS, RESULTS = ROOT / "notebooks", ROOT / "results"
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # the newest first
 PROGRESS, HISTORY = ".progress.json", "history.jsonl"
-WEIGHTS, PREDICTIONS = "weights.safetensors", "test_predictions.npz"
+WEIGHTS, HALF_WEIGHTS, PREDICTIONS = "weights.safetensors", "weights_half.safetensors", "test_predictions.npz"
 # Errors of flushing a folder on file systems that cannot do it, or let nobody open it
 UNFLUSHABLE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -19,7 +20,7 @@ from effnet_lib import VARIANTS, EfficientNet, TrainConfig, evaluate, unknown_na
 from effnet_study.data.augment import resize
 from effnet_study.data.image_files import open_image, read_image, reason
 from effnet_study.data.load import data_root
-from effnet_study.files import WEIGHTS, replace_file
+from effnet_study.files import HALF_WEIGHTS, WEIGHTS, replace_file
 from effnet_study.machine import choose_device
 from effnet_study.pretrained import (
     TORCHVISION_MODELS,
@@ -33,13 +34,36 @@ from effnet_study.record import read_record, recorded_scaling
 from effnet_study.run import build_network
 
 
+def has_weights(run_dir: Path) -> bool:
+    """Tell whether `load_run` finds the weights of a finished run, full or in half precision."""
+    return any((run_dir / name).exists() for name in (WEIGHTS, HALF_WEIGHTS))
+
+
 def load_trained(run_dir: str | Path, model: nn.Module) -> nn.Module:
-    """Load the final EMA weights of a finished run into `model`, and return it in evaluation mode."""
-    path, record = Path(run_dir) / WEIGHTS, read_record(run_dir)
+    """Load the final EMA weights of a finished run into `model`, and return it in evaluation mode. Where they are
+    missing, load those in half precision."""
+    path, half, record = Path(run_dir) / WEIGHTS, Path(run_dir) / HALF_WEIGHTS, read_record(run_dir)
+    if record is not None and not path.exists() and half.exists():
+        with safetensors.safe_open(half, "pt") as found:
+            if found.metadata()["weights_sha256"] != record["weights_sha256"]:
+                raise ValueError(f"{half} has the weights of another run; restore it")
+        load_weights(model, read_weights(half))
+        return model.eval()
     if not path.exists() or record is None:
         raise FileNotFoundError(f"{path} of a finished run is not there (weights are not committed): run it first")
     load_weights(model, read_weights(path, record.get("weights_sha256")))
     return model.eval()
+
+
+def write_half(run_dir: str | Path) -> Path:
+    """Write the weights of a finished run with kernels and matrices in half precision, for the repository. `load_run`
+    reads them where the full ones are missing."""
+    run_dir, record = Path(run_dir), read_record(run_dir)
+    weights = read_weights(run_dir / WEIGHTS, record["weights_sha256"])
+    half = {name: x.half() if x.ndim > 1 else x for name, x in weights.items()}
+    body = safetensors.torch.save(half, {"weights_sha256": record["weights_sha256"]})
+    replace_file(run_dir / HALF_WEIGHTS, body)
+    return run_dir / HALF_WEIGHTS
 
 
 def load_run(source: str | Path) -> tuple[nn.Module, dict]:

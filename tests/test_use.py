@@ -8,6 +8,7 @@ import pickle
 import shutil
 import tarfile
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,12 +27,13 @@ from effnet_study import pretrained, use
 from effnet_study.cli import main
 from effnet_study.data import sources
 from effnet_study.data.load import load_data
+from effnet_study.files import ROOT, write_json
 from effnet_study.model_run import ModelRun
 from effnet_study.pretrained import TORCHVISION_MODELS, create_model
 from effnet_study.profile import load_profile
 from effnet_study.record import read_record
 from effnet_study.run import Run
-from effnet_study.use import Classifier, export, load_classifier, load_run, predict
+from effnet_study.use import Classifier, export, load_classifier, load_run, predict, write_half
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -e '.[export]'")
 
@@ -475,6 +477,42 @@ def test_torchvisions_networks_train_by_the_same_trainer(name, profile_file, tmp
     model, _ = load_run(folder)
     test = load_data(**load_profile(path).data.given())
     assert evaluate(model, test, "test", 32)["loss"] == pytest.approx(record["test"]["loss"], rel=1e-4)
+
+
+def test_half_precision_serves_where_the_full_weights_are_missing(trained, tmp_path):
+    run = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    images, (whole, _) = torch.rand(4, 3, 16, 16), load_run(run)
+    write_half(run)
+    full = run / "weights.safetensors"
+    assert (run / "weights_half.safetensors").stat().st_size < 0.52 * full.stat().st_size
+    full.rename(tmp_path / "away")
+    half, _ = load_run(run)
+    torch.testing.assert_close(half(images), whole(images), rtol=0.02, atol=0.02)
+    assert not torch.equal(half(images), whole(images))
+    record = json.loads((run / "run.json").read_text())
+    record.pop("sha256")
+    write_json(run / "run.json", record | {"schema": 1, "weights_sha256": "0"})
+    with pytest.raises(ValueError, match="weights_half.safetensors has the weights of another run"):
+        load_run(run)
+
+
+KEPT = sorted((ROOT / "results").glob("*/runs/*/weights_half.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", KEPT, ids=lambda file: file.parent.name)
+def test_committed_weights_score_as_their_record_says(file):
+    model, record = load_run(file.parent)
+    try:
+        data = load_data(**record["data"], download=False)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    scores = evaluate(model, data, "test", record["config"]["resolution"], precision="fp32")
+    assert scores["top1"] == pytest.approx(record["test"]["top1"], abs=0.1)
+
+
+def test_committed_weights_take_at_most_16_mb():
+    assert sum(file.stat().st_size for file in KEPT) <= 16e6
 
 
 @pytest.fixture
