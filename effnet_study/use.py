@@ -45,7 +45,7 @@ def load_trained(run_dir: str | Path, model: nn.Module) -> nn.Module:
     path, half, record = Path(run_dir) / WEIGHTS, Path(run_dir) / HALF_WEIGHTS, read_record(run_dir)
     if record is not None and not path.exists() and half.exists():
         with safetensors.safe_open(half, "pt") as found:
-            if found.metadata()["weights_sha256"] != record["weights_sha256"]:
+            if found.metadata()["record"] != record["sha256"]:
                 raise ValueError(f"{half} has the weights of another run; restore it")
         load_weights(model, read_weights(half))
         return model.eval()
@@ -56,13 +56,12 @@ def load_trained(run_dir: str | Path, model: nn.Module) -> nn.Module:
 
 
 def write_half(run_dir: str | Path) -> Path:
-    """Write the weights of a finished run with kernels and matrices in half precision, for the repository. `load_run`
-    reads them where the full ones are missing."""
+    """Write the weights of a finished run in half precision, small enough for the repository. `load_run` reads
+    them where the full ones are missing."""
     run_dir, record = Path(run_dir), read_record(run_dir)
-    weights = read_weights(run_dir / WEIGHTS, record["weights_sha256"])
-    half = {name: x.half() if x.ndim > 1 else x for name, x in weights.items()}
-    body = safetensors.torch.save(half, {"weights_sha256": record["weights_sha256"]})
-    replace_file(run_dir / HALF_WEIGHTS, body)
+    weights = read_weights(run_dir / WEIGHTS, record.get("weights_sha256"))
+    half = {name: x.half() if x.is_floating_point() else x for name, x in weights.items()}
+    replace_file(run_dir / HALF_WEIGHTS, safetensors.torch.save(half, {"record": record["sha256"]}))
     return run_dir / HALF_WEIGHTS
 
 
