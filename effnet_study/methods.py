@@ -19,24 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from effnet_lib import (
-    HEAD_CHANNELS,
-    STAGES,
-    STEM_CHANNELS,
-    TABLE7,
-    Cost,
-    EfficientNet,
-    MBConv,
-    Scaling,
-    compound_scaling,
-    count_cost,
-    round_filters,
-    round_repeats,
-    round_resolution,
-    unknown_name,
-)
+import effnet_lib as lib
+from effnet_lib import STAGES, TABLE7, Cost, EfficientNet, Scaling, compound_scaling, count_cost, unknown_name
 
 # ---- 1. Names ------------------------------------------------------------------------------------------------------
 
@@ -86,18 +71,13 @@ def parse_method(name: str) -> Method:
     depth, width, resolution, compound: the paper's rows. depth_matched, fast_compound, compound_searched and so on:
     matched to compound's FLOPs. compound_phi3.0: Equation 3 at another phi. depth_x8: 8 times the baseline's FLOPs.
     """
-    if not is_method(name):
-        raise unknown_name("method", name, METHOD_NAMES)
     phi, times = PHI.fullmatch(name), TIMES.fullmatch(name)
+    if not (name in TRAINED_BY or phi or times):
+        raise unknown_name("method", name, METHOD_NAMES)
     base = (phi or times)[1] if phi or times else name
     way = base.removesuffix("_matched").removesuffix("_searched")
     matched = times is None and (way != base or way == "fast_compound")
     return Method(base, way, matched, float(phi[2]) if phi else None, float(times[2]) if times else None)
-
-
-def is_method(name: str) -> bool:
-    """Tell whether there is a method of this name."""
-    return name in TRAINED_BY or any(pattern.fullmatch(name) for pattern in (PHI, TIMES))
 
 
 def base_method(name: str) -> str:
@@ -199,11 +179,11 @@ def match_flops(
 
 def rounded_network(scaling: Scaling, base_resolution: int) -> tuple:
     """Return pixels, layers of each stage and channels of B0 scaled by `scaling`, after rounding."""
-    channels = (STEM_CHANNELS, *(stage.channels for stage in STAGES), HEAD_CHANNELS)
+    channels = (lib.STEM_CHANNELS, *(stage.channels for stage in STAGES), lib.HEAD_CHANNELS)
     return (
-        round_resolution(scaling.resolution, base_resolution),
-        tuple(round_repeats(stage.layers, scaling.depth) for stage in STAGES),
-        tuple(round_filters(c, scaling.width) for c in channels),
+        lib.round_resolution(scaling.resolution, base_resolution),
+        tuple(lib.round_repeats(stage.layers, scaling.depth) for stage in STAGES),
+        tuple(lib.round_filters(c, scaling.width) for c in channels),
     )
 
 
@@ -216,8 +196,8 @@ def scaled_cost(
 ) -> Cost:
     """Count the cost of B0 scaled by `scaling`, at its own resolution. The same numbers as `count_cost`, in less time
     for deep networks: a stage's layers after the first all cost the same."""
-    pixels = round_resolution(scaling.resolution, base_resolution)
-    further = [round_repeats(stage.layers, scaling.depth) - 1 for stage in STAGES]
+    pixels = lib.round_resolution(scaling.resolution, base_resolution)
+    further = [lib.round_repeats(stage.layers, scaling.depth) - 1 for stage in STAGES]
     costs = _layer_costs(scaling.width, pixels, num_classes, stem_stride, se_expanded)
     return Cost(*(np.array([1, *further]) @ costs).tolist())
 
@@ -229,8 +209,8 @@ def _layer_costs(width: float, pixels: int, num_classes: int, stem_stride: int, 
         model = EfficientNet(Scaling(1e-6, width), num_classes, stem_stride=stem_stride, se_expanded=se_expanded)
         costs, side = [count_cost(model, pixels)], math.ceil(pixels / stem_stride)
         for stage in STAGES:
-            side, channels = math.ceil(side / stage.stride), round_filters(stage.channels, width)
-            layer = MBConv(channels, channels, stage.expand, stage.kernel, 1, 0.0, se_expanded)
+            side, channels = math.ceil(side / stage.stride), lib.round_filters(stage.channels, width)
+            layer = lib.MBConv(channels, channels, stage.expand, stage.kernel, 1, 0.0, se_expanded)
             costs.append(count_cost(layer, side, channels))
     return np.array([dataclasses.astuple(cost) for cost in costs])
 
@@ -238,18 +218,20 @@ def _layer_costs(width: float, pixels: int, num_classes: int, stem_stride: int, 
 def cost_by_stage(model: nn.Module, resolution: int) -> dict[str, Cost]:
     """Count the cost of each part of `model`. The parts add up to `count_cost`. An EfficientNet has stem, stage 1 to
     stage 7, head and classifier, other networks their own parts."""
-    model, root = copy.deepcopy(model).to("meta").eval(), type(model).__name__
+    model = copy.deepcopy(model).to("meta").eval()
     params, flops, activations = Counter(), Counter(), Counter()
     for path, values in model.named_parameters():
         params[_part(path)] += values.numel()
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    for path, layer in layers.items():
-        layer.register_forward_hook(lambda _, inputs, out, path=path: activations.update({_part(path): out.numel()}))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+
+    def count(layer: nn.Module, path: str, output: torch.Tensor) -> None:
+        flops[_part(path)] += output.numel() * layer.weight[0].numel()
+        activations[_part(path)] += output.numel()
+
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(lambda layer, inputs, output, path=path: count(layer, path, output))
+    with torch.no_grad():
         model(torch.empty(1, 3, resolution, resolution, device="meta"))
-    counts = counter.get_flop_counts()
-    for path in layers:
-        flops[_part(path)] += sum(counts[f"{root}.{path}"].values()) // 2  # torch counts a multiply-add as two
     return {part: Cost(params[part], flops[part], activations[part]) for part in params}
 
 
