@@ -220,7 +220,7 @@ class Live:
 
         if "EFFNET_STOP" not in os.environ and get_ipython() is not None:
             self.handle = display.display({"text/plain": ""}, raw=True, display_id=True)
-            self.show("waiting")
+            self.show("running")
             target = contextvars.copy_context().run  # so that the kernel knows to which cell the output belongs
             self.thread = threading.Thread(target=target, args=(self._follow,), daemon=True)
             self.thread.start()
@@ -230,8 +230,7 @@ class Live:
         if self.handle is not None:
             self.ended.set()
             self.thread.join()
-            stopped = isinstance(error, KeyboardInterrupt)
-            self.show("finished" if error is None else "stopped" if stopped else "failed")
+            self.show("finished" if error is None else "stopped")
 
     def _follow(self) -> None:
         while not self.ended.wait(self.seconds):
@@ -268,4 +267,5 @@ def _curve(path: Path, changed: int) -> str:
     body = io.BytesIO()
     figure.savefig(body, format="png", dpi=100)
     image = base64.b64encode(body.getvalue()).decode()
-    return f'<img alt="Training loss and minival top-1 after {len(history)} epochs" src="data:image/png;base64,{image}">'
+    words = f"Training loss and minival top-1 after {len(history)} epochs"
+    return f'<img alt="{words}" src="data:image/png;base64,{image}">'

@@ -1,7 +1,6 @@
 """A whole study: find the runs that are left, and execute their notebooks, the search and the analysis."""
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,13 +15,13 @@ from effnet_study.execution.notebook import TRY_AGAIN
 from effnet_study.execution.ray import execute_on_ray
 from effnet_study.execution.slurm import slurm_executor, submit_to_slurm
 from effnet_study.files import RunLocked, RunMismatch, hold, holder_of
-from effnet_study.machine import choose_device, git, gpu_count
+from effnet_study.machine import choose_device, gpu_count
 from effnet_study.methods import TRAINED_BY, base_method
 from effnet_study.profile import Profile
 from effnet_study.progress import live_table, print_status
 from effnet_study.record import read_record
-from effnet_study.run import Run, count_runs, plan_runs
-from effnet_study.search import Candidate, all_candidates, search_holder
+from effnet_study.run import Run, plan_runs
+from effnet_study.search import Candidate, all_candidates
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Launcher:
     methods: Sequence[str] | None = None  # only these of the profile
     seeds: Sequence[int] | None = None  # only these of the profile
     retry: bool = False  # run failed and diverged runs again; their records are kept as run.earlier.json
-    analysis: bool | None = None  # execute 00 and 05 (default: if they are missing, or a run was trained)
+    analysis: bool | None = None  # execute 00 and 05 (default: if 05 is missing)
     device: str | None = None
     jobs: int | None = None  # notebooks at a time; see plan_workers for the defaults
     threads: int | None = None  # CPU threads of each
@@ -54,7 +53,7 @@ class Launcher:
         """
         ready, waiting, candidates = self._left_to_do()
         todo = [*ready, *waiting]
-        print(f"{self.profile.title}: {count_runs(self.runs)}, {len(todo)} to do ({self.profile.stamp})", flush=True)
+        print(f"{self.profile.title}: {len(todo)} of {len(self.runs)} runs to do ({self.profile.stamp})", flush=True)
         if todo:  # what is missing is reported once, not by every notebook
             if self.executor == "local" and choose_device(self.device).index is not None and gpu_count() > 1:
                 raise ValueError(f"device: {self.device!r}: notebooks have a GPU each; choose by $CUDA_VISIBLE_DEVICES")
@@ -66,22 +65,18 @@ class Launcher:
                 self._execute(self._executions(waiting))
             places = [run.run_dir for run in self.runs if run.state() != "waiting"]
             places += [self.study_dir / "search"] if candidates else []
-            held = [str(place) for place in places if holder_of(place) is not None]
+            held = [place for place in places if holder_of(place) is not None]
             finished = [run for run in self.runs if run.state() == "finished"]
             analysed = True
             if finished and not held and self._to_analyse:
                 try:
                     analysed = self._analyse()
                 except RunLocked:
-                    held = [str(self.analysed)]
+                    held = [self.analysed]
         print_status(self.runs)
         if held:
-            print(
-                f"Another process is at work on {', '.join(held)}; when it has ended, the same command does the rest."
-            )
+            print(f"Another process is at work on {', '.join(map(str, held))}; afterwards run the same command again.")
             return TRY_AGAIN
-        if not todo:
-            print(_provenance(self.runs))
         if self.analysed.exists():
             print(_findings(self.study_dir, self.profile.stamp), flush=True)
         return 0 if len(finished) == len(self.runs) and analysed else 1
@@ -97,8 +92,7 @@ class Launcher:
 
         One array job executes the notebooks of the runs, and 03 if there are coefficients to search for. Each element
         has `seconds`; when they are up, it is queued again and goes on. A job after it, `study` on one node, trains
-        what waited for coefficients and does the analysis. A run has the profile's devices as GPUs of one node (auto:
-        one), unless the device is "cpu". ValueError if `seconds` are too few to stop in.
+        what waited for coefficients and does the analysis. ValueError if `seconds` are too few to stop in.
         """
         ready, waiting, candidates = self._left_to_do()
         if not (ready or waiting or self._to_analyse):
@@ -109,6 +103,10 @@ class Launcher:
         closing = replace(self, jobs=None, retry=False, executor="local")._close
         options = {"threads": self.threads, "tensorboard": self.tensorboard, "gpus": self._gpus}
         return submit_to_slurm(slurm, executions, closing, self.study_dir, seconds=seconds, jobs=self.jobs, **options)
+
+    def _close(self, stop: Path) -> bool:
+        """Do what is left of a study after its array job."""
+        return replace(self, stop=stop).study() == 0
 
     # ---- 2. What there is to do ------------------------------------------------------------------------------------
 
@@ -133,30 +131,23 @@ class Launcher:
 
     def _left_to_do(self) -> tuple[list[Run], list[Run], list[Candidate]]:
         """Return the runs whose notebooks can be executed; the runs that wait for the search's coefficients; and the
-        candidates of the search, if runs wait for it or its notebook is missing.
+        candidates of the search, if its notebook is to be executed.
 
         RunMismatch if runs were made with other settings than the profile has now.
         """
         # The notebook of a finished run takes seconds
         todo = [r for r in self.runs if r.is_to_do(self.retry) or (r.state() == "finished" and not r.executed.exists())]
         waiting = [run for run in todo if run.state() == "waiting"]
-        searched = (self.study_dir / COEFFICIENTS).exists() and (self.study_dir / "search").exists()
+        searched = any(base_method(run.method) == "compound_searched" for run in self.runs)
         lost = searched and not self.analysed.with_stem("03_coefficient_search").exists()
-        searching = bool(waiting) or (lost and self.profile.search is not None)
-        candidates = all_candidates(self.profile, self.results) if searching else []
+        candidates = all_candidates(self.profile, self.results) if waiting or lost else []
         refuse_stale(plan_runs(self.profile, self.results), candidates)
         return [run for run in todo if run not in waiting], waiting, candidates
 
     def _prepare(self, todo: Sequence[Run]) -> None:
-        """Prepare the study's folder: set failed runs aside, and delete an analysis that will be out of date."""
-        damaged = any(run.state() == "damaged" for run in self.runs)
-        if not (todo or damaged or self._to_analyse):
-            return  # nothing is written to a complete study, which may be another user's
-        self.study_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.study_dir):  # raises OSError if the folder is not writable
-            pass
+        """Set failed runs aside, and delete an analysis that will be out of date."""
         set_aside(todo)
-        if todo or damaged:
+        if todo or any(run.state() == "damaged" for run in self.runs):
             self.analysed.unlink(missing_ok=True)
 
     # ---- 3. Executing notebooks ------------------------------------------------------------------------------------
@@ -175,21 +166,17 @@ class Launcher:
 
     def _executions(self, runs: Sequence[Run]) -> list[Execution]:
         executions = []
-        for i, run in enumerate(longest_first(runs), 1):
-            about = f"[{i}/{len(runs)}] {run.method}, seed {run.seed}, {run.config.resolution} px"
+        for run in runs:
             parameters = {**self._parameters, "method": run.method, "seed": run.seed, "device": self.device}
-            notebook = TRAINED_BY[base_method(run.method)]
-            executions.append(Execution(about, notebook, run.executed, parameters, run.run_dir))
+            executions.append(Execution(TRAINED_BY[base_method(run.method)], run.executed, parameters, run.run_dir))
         return executions
 
     def _search_execution(self, candidates: Sequence[Candidate]) -> Execution:
         """Return the search's notebook. With `retry`, failed and diverged candidates are set aside before."""
-        study_dir, name = candidates[0].study_dir, "03_coefficient_search"
-        if self.retry and search_holder(study_dir) is None:
+        name, folder = "03_coefficient_search", self.study_dir / "search"
+        if self.retry and holder_of(folder) is None:
             set_aside(candidates)
-        about = f"coefficient search: {len({c.name for c in candidates})} candidates"
-        output, parameters = study_dir / "notebooks" / f"{name}.ipynb", {**self._parameters, "device": self.device}
-        return Execution(about, name, output, parameters, study_dir / "search")
+        return Execution(name, self.analysed.with_stem(name), {**self._parameters, "device": self.device}, folder)
 
     def _execute(self, executions: Sequence[Execution]) -> bool:
         """Execute notebooks that train, and return whether all succeeded."""
@@ -200,8 +187,6 @@ class Launcher:
             optional = self.device is None
             return execute_on_ray(executions, self.jobs, self.threads, self._gpus, optional=optional, **options)
         jobs, threads, gpus = plan_workers(len(executions), self.profile, self.device, self.jobs, self.threads)
-        if jobs > 1:
-            print(f"{jobs} at a time, {threads or 'all'} CPU thread{'s' * (threads != 1)} each", flush=True)
         return execute(executions, jobs, threads, gpus, **options)
 
     def _search(self, candidates: Sequence[Candidate]) -> bool:
@@ -212,15 +197,10 @@ class Launcher:
         """Execute 00 and 05. RunLocked if another study executes them."""
         executions = []
         for name, given in (("00_architecture", {"explorer": False}), ("05_analysis", {})):
-            parameters = self._parameters | given
-            executions.append(Execution(f"{name}: executing", name, self.analysed.with_stem(name), parameters))
+            executions.append(Execution(name, self.analysed.with_stem(name), self._parameters | given))
         workers = plan_workers(len(executions), self.profile, "cpu")
         with hold(self.study_dir):
             return execute(executions, *workers, stop=self.stop, deadline=self.deadline)
-
-    def _close(self, stop: Path) -> bool:
-        """Do what is left of a study after its array job."""
-        return replace(self, stop=stop).study() == 0
 
 
 def set_aside(runs: Sequence[Run]) -> None:
@@ -228,18 +208,6 @@ def set_aside(runs: Sequence[Run]) -> None:
     for run in runs:
         if run.state() in ("failed", "diverged"):
             run.set_aside()
-
-
-def longest_first(runs: Sequence[Run]) -> list[Run]:
-    """Sort runs by group and seed as planned; within a seed first the baseline, whose curve the others draw, then the
-    costliest, so that several workers end at about the same time."""
-
-    def rank(run: Run) -> tuple:
-        group = next(i for i, methods in enumerate(run.profile.groups) if run.method in methods)
-        return group, seeds.index(run.seed), run.method != "baseline", -run.cost.activations
-
-    seeds = [run.seed for run in runs]
-    return sorted(runs, key=rank)
 
 
 def refuse_stale(runs: Sequence[Run], candidates: Sequence[Run] = ()) -> None:
@@ -271,20 +239,3 @@ def _findings(study_dir: Path, stamp: str) -> str:
             words = "; ".join(f"{row.target} - {row.other} {row.difference:+.2f}, {row.outcome}" for row in rows)
             lines.append(f"{claim['title']}: {claim['outcome'] or words}")
     return "\n".join(["", *lines, f"({stamp}) All of it: {study_dir / 'README.md'}"])
-
-
-def _provenance(runs: Sequence[Run]) -> str:
-    """Describe who made the runs that are finished, when, on what, and how to repeat them."""
-    records = [read_record(run.run_dir) for run in runs if run.state() == "finished"]
-    if not records:
-        return "No run has finished."
-    log = git("log", "-1", "--format=committed by %an on %as", "--", str(runs[0].study_dir))
-    made = log.stdout.strip() or "made here, not committed"
-    first, last = min(r["started"] for r in records)[:10], max(r["ended"] for r in records)[:10]
-    devices = dict.fromkeys(record["device"]["name"] for record in records)
-    commits = dict.fromkeys(str(record["git"]["commit"])[:10] for record in records)
-    return (
-        f"\nThese {len(records)} runs are finished: {made}; run {first}{'' if first == last else f' to {last}'} "
-        f"on {', '.join(devices)}, code {', '.join(commits)}.\n"
-        f"To repeat them elsewhere: {runs[0].profile.command('study')} --results DIR"
-    )

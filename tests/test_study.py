@@ -12,23 +12,22 @@ import torch
 from conftest import write_record
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from effnet_lib import TABLE7, Cost, Scaling
+from effnet_lib import TABLE7, Scaling
 from effnet_study import parallel
 from effnet_study import run as runs_module
 from effnet_study.analysis.recipes import load_pilots
 from effnet_study.cli import main
 from effnet_study.coefficients import made_by
+from effnet_study.costs import plan
 from effnet_study.data.load import load_data
 from effnet_study.execution import local
 from effnet_study.execution.local import plan_workers
 from effnet_study.execution.notebook import TRY_AGAIN
 from effnet_study.files import hold, load_history, write_json
 from effnet_study.methods import parse_method
-from effnet_study.plan import plan
 from effnet_study.profile import load_profile, profile_names
 from effnet_study.record import read_record
 from effnet_study.run import Run, load_runs, plan_runs
-from effnet_study.study import longest_first
 
 # ---- profiles
 
@@ -250,16 +249,6 @@ def test_each_notebook_on_a_cpu_has_four_gib_of_memory(profile_file, monkeypatch
         assert plan_workers(5, profile, "cpu")[0] == jobs
 
 
-def test_each_seeds_longest_run_starts_first_after_the_baseline(profile_file, monkeypatch):
-    activations = {"baseline": 1, "depth": 5, "width": 7, "compound": 6, "resolution": 9}
-    monkeypatch.setattr(Run, "cost", property(lambda run: Cost(1, 1, activations[run.method])))
-    groups = [["depth", "width", "baseline", "compound"], ["resolution"]]
-    ordered = longest_first(plan_runs(load_profile(profile_file(seeds=[1, 0], methods=groups))))
-    first = ["baseline", "width", "compound", "depth"]
-    expected = [(seed, method) for seed in (1, 0) for method in first] + [(1, "resolution"), (0, "resolution")]
-    assert [(run.seed, run.method) for run in ordered] == expected
-
-
 # ---- a study, whose notebooks are not executed
 
 
@@ -291,7 +280,7 @@ def test_a_study_executes_runs_search_and_analysis_in_turn(profile_file, tmp_pat
     done, _ = pretended
     matched = SimpleNamespace(scaling=Scaling(1.4, 1.1, 1.2))  # to count the FLOPs of many networks takes seconds
     monkeypatch.setattr("effnet_study.profile.match_flops", lambda *arguments, **options: matched)
-    path = profile_file(methods=["depth", "baseline", "compound_searched"], search={"step": 0.4}, seeds=[3])
+    path = profile_file(methods=["baseline", "depth", "compound_searched"], search={"step": 0.4}, seeds=[3])
     words = ["study", str(path), "--results", str(tmp_path), "--device", "cpu", "--jobs", "1"]
     assert main(words) == 0
     common = {"profile": str(path), "results": str(tmp_path)}
@@ -301,16 +290,13 @@ def test_a_study_executes_runs_search_and_analysis_in_turn(profile_file, tmp_pat
     assert done[3] == ("04_compound_scaling", {**common, "method": "compound_searched", "seed": 3, "device": "cpu"})
     assert sorted(done[4:], key=str) == [("00_architecture", {**common, "explorer": False}), ("05_analysis", common)]
     said = capsys.readouterr().out
-    assert "Tiny: 3 runs, 3 to do" in said and "[1/2] baseline, seed 3, 16 px" in said and "3 finished" in said
-    assert "coefficient search: 3 candidates" in said
+    assert "Tiny: 3 of 3 runs to do" in said and "01_baseline_b0_baseline_seed3\n" in said and "3 finished" in said
     notebooks = tmp_path / "tiny" / "notebooks"
     assert (notebooks / "04_compound_scaling_compound_searched_seed3.ipynb").exists()
 
     done.clear()  # nothing is left
     assert main(words) == 0 and done == []
-    said = capsys.readouterr().out
-    assert "3 runs are finished: made here, not committed; run 2026-01-02 on box, code abc." in said
-    assert f"To repeat them elsewhere: effnet study {path} --results DIR" in said
+    assert "Tiny: 0 of 3 runs to do" in capsys.readouterr().out
 
     for lost, again in (  # a study that was killed between a run's end and its notebook's
         ("05_analysis", {"00_architecture", "05_analysis"}),

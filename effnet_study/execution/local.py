@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from effnet_study.execution.notebook import run_notebook
-from effnet_study.files import holder_of
 from effnet_study.machine import gpu_count, memory
 from effnet_study.profile import Profile
 from effnet_study.stop import Interrupted, ProcessKilled
 
 STARTING = 20  # seconds: with less time left, a study starts no further notebook
+PAUSE = 5  # seconds until the kernel of a killed process has ended, too
 RETRIES = 2  # further attempts at a notebook whose process was killed; a notebook that fails by itself gets none
 
 
@@ -27,7 +27,6 @@ RETRIES = 2  # further attempts at a notebook whose process was killed; a notebo
 class Execution:
     """A notebook to be executed."""
 
-    about: str  # what to print when it starts
     notebook: str
     output: Path
     parameters: Mapping[str, object]
@@ -58,29 +57,22 @@ def gpus_per_run(profile: Profile, gpus: int) -> int:
 
 
 def execute(
-    executions: Sequence[Execution],
-    jobs: int,
-    threads: int | None = None,
-    gpus: int = 0,
-    *,
-    stop: Path | None = None,
-    **options: object,
+    executions: Sequence[Execution], jobs: int, threads: int | None = None, gpus: int = 0, **options: object
 ) -> bool:
     """Execute notebooks on this machine, `jobs` at a time, and return whether all succeeded. See `side_by_side`.
 
-    gpus: how many each has for itself if there are several jobs. threads, stop and further options: as in
-    `run_notebook`.
+    gpus: how many each has for itself if there are several jobs. threads and options: as in `run_notebook`.
     """
     free = queue.SimpleQueue()
     for environment in _environments(jobs, gpus):
         free.put(environment)
     with tempfile.TemporaryDirectory() as folder:
-        stop = stop or Path(folder) / "stop"
+        options["stop"] = stop = options.get("stop") or Path(folder) / "stop"
 
         def in_turn(execution: Execution) -> bool:
             environment = free.get()
             try:
-                return attempt(execution, stop=stop, threads=threads, environment=environment, **options)
+                return attempt(execution, threads=threads, environment=environment, **options)
             finally:
                 free.put(environment)
 
@@ -116,33 +108,21 @@ def _environments(jobs: int, gpus: int) -> list[dict[str, str]]:
 def attempt(execution: Execution, *, stop: Path, deadline: float | None = None, **options: object) -> bool:
     """Execute a notebook and return whether it succeeded; print why not. Interrupted if there is no time to start it.
 
-    If its process is killed, it is attempted again, and the run goes on from its checkpoint. It is not if a cell
+    If its process is killed, it is attempted again, and the run continues from its checkpoint. It is not if a cell
     fails, or if another process trains its run. options: as in `run_notebook`.
     """
-    notebook, output, parameters = execution.notebook, execution.output, execution.parameters
+    notebook, output = execution.notebook, execution.output
     for left in reversed(range(RETRIES + 1)):
         if stop.exists() or time.time() + STARTING > (deadline or math.inf):
             raise Interrupted("too little time is left to start another notebook")
-        holder = wait_until_free(execution.run_dir, 10 if left == RETRIES else 60)
-        left_to = "" if holder is None else f": left to {holder}"
-        print(f"{execution.about}{left_to}\n", end="", flush=True)  # with its line end, since other threads print too
-        if holder is not None:
-            return False
+        print(f"{output.stem}\n", end="", flush=True)  # with its line end, since other threads print too
         try:
-            run_notebook(notebook, output, parameters, stop=stop, deadline=deadline, **options)
+            run_notebook(notebook, output, execution.parameters, stop=stop, deadline=deadline, **options)
             return True
         except ProcessKilled as error:
             print(f"effnet: {error}{'; it is attempted again' if left else ''}", file=sys.stderr, flush=True)
+            time.sleep(PAUSE)
         except RuntimeError as error:  # RunLocked too
             print(f"effnet: {error}", file=sys.stderr, flush=True)
             return False
     return False
-
-
-def wait_until_free(run_dir: Path | None, seconds: float) -> str | None:
-    """Wait until no process trains a run, for `seconds` at most: a kernel whose papermill was killed takes a moment to
-    end. Return who trains it still."""
-    until = time.monotonic() + seconds
-    while (holder := run_dir and holder_of(run_dir)) is not None and time.monotonic() < until:
-        time.sleep(0.2)
-    return holder

@@ -95,12 +95,11 @@ def run_notebook(
 
     threads: CPU threads of torch (default: all cores). deadline: Unix time before which training stops. tensorboard:
     training writes event files. environment: further variables of the kernel. cwd: its working folder (default: that of
-    this process, so that relative paths mean the same). An interrupt of this process, or a file that appears at `stop`,
-    stops training; what has not ended GRACE seconds later is killed.
+    this process). An interrupt of this process, or a file that appears at `stop`, stops training; what has not ended
+    GRACE seconds later is killed.
 
     Raises RuntimeError if a cell failed, and ProcessKilled if the process was killed; the unfinished notebook is then
-    NAME.partial.ipynb. Raises RunLocked if another process trains the run, and Interrupted if training stopped in time,
-    with a checkpoint.
+    NAME.partial.ipynb. Raises RunLocked if another process trains the run, Interrupted after a stop with a checkpoint.
     """
     check_parameters(notebook, parameters)
     print_any_text()
@@ -110,8 +109,7 @@ def run_notebook(
     arguments |= {"parameters": dict(parameters), "kernel_name": "python3", "language": "python"}
     kernel = ["--IPKernelApp.log_level=CRITICAL", "--IPKernelApp.ignore_cwd=True"]
     arguments |= {"cwd": str(cwd or os.getcwd()), "progress_bar": False, "extra_arguments": kernel}
-    # -P: without it the folder of papermill_process.py, where ray.py lies, would come first among the modules
-    command = [sys.executable, "-P", str(PAPERMILL), json.dumps(arguments, ensure_ascii=False), str(os.getpid())]
+    command = [sys.executable, str(PAPERMILL), json.dumps(arguments, ensure_ascii=False), str(os.getpid())]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a killed kernel may still write to it
         stop = stop or Path(folder) / "stop"
         given = {"OMP_NUM_THREADS": threads, "EFFNET_DEADLINE": deadline, "EFFNET_TENSORBOARD": int(tensorboard)}
@@ -135,25 +133,20 @@ def run_notebook(
 
 
 def _surroundings(folder: Path) -> dict[str, str]:
-    """Return a kernel's environment: the user's, but with this Python, these modules, matplotlib as it comes, UTF-8,
-    and without the user's start-up files, kernels and configuration. folder: for the kernel's own files."""
-    spec = folder / "kernels" / "python3" / "kernel.json"
-    spec.parent.mkdir(parents=True)
-    launch = [sys.executable, "-P", "-m", "ipykernel", "-f", "{connection_file}"]
-    spec.write_text(json.dumps({"argv": launch, "display_name": "Python 3", "language": "python"}), encoding="utf-8")
+    """Return a kernel's environment: the user's, but with these modules, matplotlib as it comes, UTF-8, and without the
+    user's start-up files, kernels and configuration. folder: for the kernel's own files."""
     kept = ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONDONTWRITEBYTECODE")
     foreign = [name for name in os.environ if name.startswith(("PYTHON", "JUPYTER", "IPYTHON")) and name not in kept]
     modules, matplotlib = os.environ.get("PYTHONPATH"), Path(importlib.util.find_spec("matplotlib").origin).parent
-    own = {"PYTHONPATH": f"{ROOT}{os.pathsep}{modules}" if modules else str(ROOT), "PYTHONUTF8": "1"}
-    own |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MATPLOTLIBRC": str(matplotlib / "mpl-data")}
-    places = ("CONFIG_DIR", "DATA_DIR", "PATH", "RUNTIME_DIR")
-    own |= dict.fromkeys(["IPYTHONDIR", *(f"JUPYTER_{place}" for place in places)], str(folder))
-    home, missing = os.path.expanduser("~"), {"USER": str(os.getuid())}  # a user id may have neither home nor name
-    if not os.access(home, os.W_OK):
-        missing["MPLCONFIGDIR"] = str(folder)
-    if not os.path.isdir(home):
+    # SAFEPATH: neither the folder of papermill_process.py, where ray.py lies, nor the working folder holds modules
+    own = {"PYTHONPATH": f"{ROOT}{os.pathsep}{modules}" if modules else str(ROOT), "PYTHONSAFEPATH": "1"}
+    own |= {"PYTHONUTF8": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    own |= {"MATPLOTLIBRC": str(matplotlib / "mpl-data")}
+    own |= dict.fromkeys(["IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"], str(folder))
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # in a container a user id may have no home, and no name
         own["HOME"] = str(folder)
-    return missing | {name: value for name, value in os.environ.items() if name not in foreign} | own
+    user = {"USER": str(os.getuid())}
+    return user | {name: value for name, value in os.environ.items() if name not in foreign} | own
 
 
 def _status_of(command: Sequence[str], environment: Mapping[str, str], stop: Path) -> int:

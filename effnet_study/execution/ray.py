@@ -29,10 +29,9 @@ def execute_on_ray(
     """Execute notebooks on the Ray cluster at $RAY_ADDRESS, or on a cluster of this machine alone, and return whether
     all succeeded. As many run at a time as the cluster has room for, and not more than `jobs`.
 
-    Results lie on a file system that all machines share. gpus: of each notebook; optional: none if the
-    cluster has none. threads: CPUs of each (default: its share of a machine with GPUs, else one). A worker that dies is
-    replaced, and its notebook goes on from the run's checkpoint. RuntimeError if no machine has enough for one
-    notebook, since Ray itself would wait forever. stop and further options: as in `local.execute`.
+    Results lie on a file system that all machines share. gpus: of each notebook; optional: none if the cluster has
+    none. threads: CPUs of each (default: one). A worker that dies is replaced, and its notebook continues from the
+    run's checkpoint. stop and further options: as in `local.execute`.
     """
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # two runs may print the same line
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -43,16 +42,17 @@ def execute_on_ray(
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(os.environ.get("RAY_ADDRESS") or "local", logging_level="WARNING")
     signal.signal(signal.SIGTERM, handler)  # Ray's own handler would exit with another status
-    shared = tempfile.TemporaryDirectory(prefix=".stop.", dir=executions[0].output.parents[1])
+    folder = executions[0].output.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = tempfile.TemporaryDirectory(prefix=".stop.", dir=folder)
     stop = stop or Path(shared.name) / "stop"
     try:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = 0 if optional and not any(machine.get("GPU") for machine in machines) else gpus
-        threads = threads or threads_per_run(machines, gpus)
-        check_resources(machines, {"CPU": threads, "GPU": gpus})
-        resources = {"num_cpus": threads, "num_gpus": gpus, "max_retries": RETRIES, "retry_exceptions": False}
+        check_resources(machines, {"CPU": threads or 1, "GPU": gpus})
+        resources = {"num_cpus": threads or 1, "num_gpus": gpus, "max_retries": RETRIES, "retry_exceptions": False}
         resources["runtime_env"] = {"env_vars": {k: v for k, v in os.environ.items() if k.startswith("EFFNET_")}}
-        options = {**options, "threads": threads, "stop": stop, "cwd": os.getcwd()}
+        options |= {"threads": threads or (None if gpus else 1), "stop": stop, "cwd": os.getcwd()}
         task = ray.remote(**resources)(_on_a_worker)
 
         def on_ray(execution: Execution) -> bool:
@@ -83,18 +83,11 @@ def _on_a_worker(execution: Execution, options: Mapping) -> bool | None:
         return None
 
 
-def threads_per_run(machines: Sequence[Mapping], gpus: int) -> int:
-    """Return the CPUs of a run: its share of the machine that has the fewest CPUs for each GPU."""
-    able = [machine for machine in machines if machine.get("GPU", 0) >= gpus > 0]
-    return max(1, min((int(m.get("CPU", 1) * gpus / m["GPU"]) for m in able), default=1))
-
-
 def check_resources(machines: Sequence[Mapping], needed: Mapping[str, int]) -> None:
-    """Raise RuntimeError if no single machine has the CPUs and GPUs that a run needs."""
-    if not any(all(machine.get(name, 0) >= count for name, count in needed.items()) for machine in machines):
-        words = " and ".join(f"{count} {name}" for name, count in needed.items())
-        there = "; ".join(", ".join(f"{machine.get(name, 0):g} {name}" for name in needed) for machine in machines)
+    """Raise RuntimeError if no machine has the CPUs and GPUs that a run needs. Ray itself would wait forever."""
+    offered = [{name: machine.get(name, 0) for name in needed} for machine in machines]
+    if not any(all(machine[name] >= needed[name] for name in needed) for machine in offered):
         raise RuntimeError(
-            f"executor ray: a run needs {words} on one machine, the cluster's have: {there}. Give --threads or "
-            "--device cpu, or set RAY_ADDRESS to a larger cluster"
+            f"executor ray: a run needs {needed['CPU']} CPU and {needed['GPU']} GPU on one machine, the cluster's "
+            f"have: {offered}. Give --threads or --device cpu, or set RAY_ADDRESS to a larger cluster"
         )
