@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
@@ -69,6 +70,13 @@ def settings(words: Iterable[str]) -> dict[str, object]:
     return read
 
 
+def check_tensorboard(wanted: bool) -> bool:
+    """Raise ValueError if event files are requested but TensorBoard is not installed."""
+    if wanted and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("TensorBoard is not installed; pip install 'effnet-study[tensorboard]'")
+    return wanted
+
+
 # ---- 1. Arguments and options --------------------------------------------------------------------------------------
 
 
@@ -100,7 +108,7 @@ Device = Annotated[str | None, _option("cpu or cuda (default: a GPU if there is 
 Retry = Annotated[bool, _option("train again what failed or diverged")]
 Jobs = Annotated[int | None, _option("notebooks at a time (default: one per GPU, on a CPU one per core)", "N", min=1)]
 Threads = Annotated[int | None, _option("CPU threads of each notebook (default: the cores, shared)", "N", min=1)]
-Tensorboard = Annotated[bool, _option("write event files for TensorBoard too, in tensorboard/ of each run's folder")]
+Tensorboard = Annotated[bool, _option("write event files for TensorBoard too", callback=check_tensorboard)]
 Budget = Annotated[float | None, _option(stopping, "TIME", parser=duration)]
 Watch = Annotated[bool, _option("update the table until all runs have ended")]
 Rounds = Annotated[int, _option("rounds of measurements of 06_throughput (default: 15)", "N", min=1)]
@@ -121,12 +129,6 @@ def deadline_of(budget: float | None) -> float | None:
     signal.signal(signal.SIGALRM, _interrupt)
     signal.setitimer(signal.ITIMER_REAL, budget)
     return time.time() + budget
-
-
-def check_tensorboard(wanted: bool) -> None:
-    """Raise ValueError if event files are requested but TensorBoard is not installed."""
-    if wanted and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("TensorBoard is not installed; pip install 'effnet-study[tensorboard]'")
 
 
 # ---- 2. A study ----------------------------------------------------------------------------------------------------
@@ -153,15 +155,13 @@ def study(
     time_budget: Budget = None,
 ):
     """Execute all notebooks of a profile."""
-    check_tensorboard(tensorboard)
-    loaded, asked = load_profile(profile), {"methods": methods, "seeds": seeds, "retry": retry, "analysis": analysis}
-    how = {"device": device, "jobs": jobs, "threads": threads, "tensorboard": tensorboard}
+    asked = {"methods": methods, "seeds": seeds, "retry": retry, "analysis": analysis, "tensorboard": tensorboard}
+    launcher = Launcher(load_profile(profile), results, **asked, device=device, jobs=jobs, threads=threads)
     if executor != "slurm":
-        deadline = deadline_of(time_budget)
-        return Launcher(loaded, results, **asked, **how, executor=executor, deadline=deadline).study()
-    submitted = Launcher(loaded, results, **asked, **how).submit(time_budget or 3600)
-    ids = ", ".join(job.job_id for job in submitted)
-    print(f"submitted {len(submitted)} jobs {ids}; how far they are: {loaded.command('status', results)} --watch")
+        return replace(launcher, executor=executor, deadline=deadline_of(time_budget)).study()
+    submitted = launcher.submit(time_budget or 3600)
+    print(f"submitted {len(submitted)} jobs: {', '.join(job.job_id for job in submitted)}; how far they are: ", end="")
+    print(f"{launcher.profile.command('status', results)} --watch")
 
 
 @app.command()
@@ -242,7 +242,6 @@ def train(
     device: Device = None,
 ):
     """Train one run of a profile, or a network by name."""
-    check_tensorboard(tensorboard)
     deadline, given = deadline_of(time_budget), words or []
     given += ["pretrained=true"] * pretrained + ["freeze=true"] * freeze
     changes = settings(word for word in given if "=" in word)

@@ -17,7 +17,7 @@ from effnet_lib import VARIANTS, Cost, EfficientNet, Scaling, TrainConfig, round
 from effnet_study.coefficients import COEFFICIENTS, searched_coefficients
 from effnet_study.data.dataset import ImageData
 from effnet_study.data.load import load_data
-from effnet_study.files import CHECKPOINTS, RESULTS, RunMismatch, holder_of, remove_checkpoints, run_locked
+from effnet_study.files import CHECKPOINTS, RESULTS, RunMismatch, holder_of, remove_checkpoints
 from effnet_study.machine import choose_device, gpu_count
 from effnet_study.methods import TRAINED_BY, base_method
 from effnet_study.parallel import check_shares, launch
@@ -138,8 +138,6 @@ class Run:
             )
         options = {"deadline": deadline, "tensorboard": tensorboard}
         if processes > 1 and record is None and not torch.distributed.is_torchelastic_launched():
-            if (holder := holder_of(self.run_dir)) is not None:
-                raise run_locked(self.run_dir, holder)
             error = launch(processes, _train_share, (self, device, options), self.run_dir)
             if error is not None and read_record(self.run_dir) is None:
                 known = (self.config, self.cost, data.describe(), choose_device(device))

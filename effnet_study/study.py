@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from effnet_study.analysis.claims import verdict_lines
 from effnet_study.coefficients import COEFFICIENTS
 from effnet_study.data.load import load_data
+from effnet_study.execution.clusters import execute_on_ray, slurm_executor, submit_to_slurm
 from effnet_study.execution.local import Execution, execute, gpus_per_run, plan_workers
 from effnet_study.execution.notebook import TRY_AGAIN
-from effnet_study.execution.ray import execute_on_ray
-from effnet_study.execution.slurm import slurm_executor, submit_to_slurm
 from effnet_study.files import RunLocked, RunMismatch, hold, holder_of
 from effnet_study.machine import choose_device, gpu_count
 from effnet_study.methods import TRAINED_BY, base_method
@@ -78,7 +78,8 @@ class Launcher:
             print(f"Another process is at work on {', '.join(map(str, held))}; afterwards run the same command again.")
             return TRY_AGAIN
         if self.analysed.exists():
-            print(_findings(self.study_dir, self.profile.stamp), flush=True)
+            print("", *_findings(self.study_dir / "tables"), sep="\n")
+            print(f"({self.profile.stamp}) All of it: {self.study_dir / 'README.md'}", flush=True)
         return 0 if len(finished) == len(self.runs) and analysed else 1
 
     def search(self) -> bool:
@@ -226,16 +227,10 @@ def refuse_stale(runs: Sequence[Run], candidates: Sequence[Run] = ()) -> None:
         )
 
 
-def _findings(study_dir: Path, stamp: str) -> str:
-    """Describe in a few lines what the analysis has found, and where all of it is."""
-    tables, lines = study_dir / "tables", []
+def _findings(tables: Path) -> list[str]:
+    """Return in a few lines what the analysis has found."""
     if (tables / "ablation.csv").exists():
         rows = pd.read_csv(tables / "ablation.csv").itertuples()
-        lines = [f"{row.what} ({row.weights}): {row.difference:+.2f} points by {row.change}" for row in rows]
-    elif (tables / "verdict.json").exists():
-        contrasts = pd.read_csv(tables / "contrasts.csv")
-        for claim in json.loads((tables / "verdict.json").read_text())["claims"]:
-            rows = contrasts[contrasts["claim"] == claim["key"]].itertuples()
-            words = "; ".join(f"{row.target} - {row.other} {row.difference:+.2f}, {row.outcome}" for row in rows)
-            lines.append(f"{claim['title']}: {claim['outcome'] or words}")
-    return "\n".join(["", *lines, f"({stamp}) All of it: {study_dir / 'README.md'}"])
+        return [f"{row.what} ({row.weights}): {row.difference:+.2f} points by {row.change}" for row in rows]
+    path = tables / "verdict.json"
+    return verdict_lines(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []

@@ -13,7 +13,7 @@ from conftest import SMALL_PROFILE, write_record
 
 import effnet_study as study
 from effnet_lib import EfficientNet, MBConv, Scaling, TrainConfig, count_cost, round_repeats
-from effnet_study import protocol as protocols
+from effnet_study import profile as profiles
 from effnet_study.analysis.recipes import load_pilots
 from effnet_study.cli import main
 from effnet_study.files import hold
@@ -502,12 +502,6 @@ def test_se_expanded_costs_more_but_changes_no_coefficient(profile_file):
     assert wrong.cost(Scaling()) == count_cost(network, 48) != plain.cost(Scaling())
 
 
-def test_a_method_that_rounds_to_the_baseline_itself_is_refused(profile_file):
-    profile = study.load_profile(profile_file(baseline={"depth": 0.2}, methods=["baseline", "compound_phi0.02"]))
-    with pytest.raises(ValueError, match="compound_phi0.02: by rounding its network is the baseline's own"):
-        study.Run.plan(profile, "compound_phi0.02", 0)
-
-
 def test_a_length_profile_without_its_parent_is_refused(tmp_path):
     path = tmp_path / "short.yaml"
     path.write_text("title: Short\nextends: pokcet\nmethods: [baseline]\ntrain: {epochs: 1}\n")
@@ -526,17 +520,17 @@ def repository(tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
     (tmp_path / "report").mkdir()
-    monkeypatch.setattr(protocols, "ROOT", tmp_path)
+    monkeypatch.setattr(profiles, "ROOT", tmp_path)
 
     def commit(text):
-        protocols.protocol_text.cache_clear()
+        profiles.protocol_text.cache_clear()
         (tmp_path / "report" / "PROTOCOL.md").write_text(text)
         subprocess.run([*git, "add", "."], check=True)
         subprocess.run([*git, "commit", "-qm", "x"], check=True)
         return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
 
     yield commit
-    protocols.protocol_text.cache_clear()
+    profiles.protocol_text.cache_clear()
 
 
 OTHER = "# P\n\n## Study `other`\n\n*Fixed long ago.*\n\n"  # another study's section, which says nothing of ours

@@ -23,10 +23,9 @@ from conftest import SMALL_PROFILE, write_record
 
 from effnet_study.cli import main
 from effnet_study.execution import local, notebook
+from effnet_study.execution.clusters import SlurmTask, check_resources
 from effnet_study.execution.local import RETRIES, Execution, execute, side_by_side
 from effnet_study.execution.notebook import KILLED, PAPERMILL, TRY_AGAIN, run_notebook
-from effnet_study.execution.ray import check_resources
-from effnet_study.execution.slurm import SlurmTask
 from effnet_study.files import ROOT, RunLocked, hold
 from effnet_study.profile import load_profile
 from effnet_study.run import Run, plan_runs
@@ -408,7 +407,7 @@ def test_without_slurm_that_is_said(profile_file, tmp_path, capsys, monkeypatch)
     analysed.parent.mkdir(parents=True)
     analysed.touch()
     assert main(["study", str(path), "--results", str(tmp_path), "--executor", "slurm"]) == 2
-    assert "executor slurm: " in capsys.readouterr().err and analysed.exists()
+    assert "are you indeed on a slurm cluster" in capsys.readouterr().err and analysed.exists()
 
 
 @pytest.mark.slow

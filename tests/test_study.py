@@ -358,16 +358,15 @@ def test_a_second_study_leaves_the_analysis_to_the_first(profile_file, tmp_path,
     assert "Another process is at work on" in capsys.readouterr().out
 
 
+CLAIM = {"title": "Axes help", "outcome": None, "complete": True, "sentences": ["depth is higher", "width is lower"]}
+
+
 @pytest.mark.parametrize(
     "claims, ablation, expected",
     [
-        ([{"key": "searched", "title": "Search wins", "outcome": "reproduced"}], None, "Search wins: reproduced"),
-        (
-            [{"key": "axes", "title": "Axes help", "outcome": None}],
-            None,
-            "Axes help: depth - baseline +2.25, above; width - baseline -0.50, unclear",
-        ),
-        ([], "width,ema,-1.2345,lr 0.05 to 0.02", "width (ema): -1.23 points by lr 0.05 to 0.02"),
+        ([CLAIM], None, ["- **Axes help**", "  - depth is higher.", "  - width is lower."]),
+        ([CLAIM | {"outcome": "reproduced", "sentences": []}], None, ["- **Axes help: reproduced**"]),
+        ([], "width,ema,-1.2345,lr 0.05 to 0.02", ["width (ema): -1.23 points by lr 0.05 to 0.02"]),
     ],
 )
 def test_a_study_ends_with_what_its_analysis_found(profile_file, tmp_path, capsys, claims, ablation, expected):
@@ -379,14 +378,13 @@ def test_a_study_ends_with_what_its_analysis_found(profile_file, tmp_path, capsy
     run.executed.parent.mkdir()
     for path_of in (run.executed, run.executed.with_stem("05_analysis")):
         path_of.touch()
-    rows = ["axes,depth,baseline,2.25,above", "other,x,y,9,above", "axes,width,baseline,-0.5,unclear"]
-    (tables / "contrasts.csv").write_text("\n".join(["claim,target,other,difference,outcome", *rows]))
     write_json(tables / "verdict.json", {"claims": claims})
     if ablation:
         (tables / "ablation.csv").write_text(f"what,weights,difference,change\n{ablation}\n")
     assert main(["study", str(path), "--results", str(tmp_path)]) == 0
-    last = capsys.readouterr().out.splitlines()[-2:]
-    assert last == [expected, f"(pipeline check, not evidence) All of it: {tmp_path / 'tiny' / 'README.md'}"]
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines[-len(expected) :] == expected
+    assert last == f"(pipeline check, not evidence) All of it: {tmp_path / 'tiny' / 'README.md'}"
 
 
 def test_a_pilot_changes_the_recipe_and_reads_no_test_image(profile_file, tmp_path, capsys):

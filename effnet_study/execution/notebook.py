@@ -36,11 +36,8 @@ def _assignments(source: str) -> dict[str, object]:
 
 
 def check_parameters(notebook: str, values: Mapping[str, object]) -> dict[str, object]:
-    """Return the defaults in NOTEBOOK's cell tagged "parameters", updated by `values`.
-
-    ValueError if there is no such cell, or it does not declare one of them, or with another type; papermill only warns.
-    A parameter whose default is None takes text or None.
-    """
+    """Return the defaults in NOTEBOOK's cell tagged "parameters", updated by `values`. ValueError if there is no such
+    cell, or it does not declare one of them, or with another type; papermill only warns."""
     cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
     tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
@@ -51,6 +48,7 @@ def check_parameters(notebook: str, values: Mapping[str, object]) -> dict[str, o
         if name not in declared:
             raise unknown_name(f"parameter of {notebook}", name, declared)
         default = declared[name]
+        # A parameter whose default is None takes text
         allowed = {float: (int, float), type(None): (str, type(None))}.get(type(default), type(default))
         if not isinstance(value, allowed) or (isinstance(value, bool) and type(default) is not bool):
             raise ValueError(f"parameter {name} of {notebook}: expected a value like {default!r}, got {value!r}")
@@ -58,10 +56,9 @@ def check_parameters(notebook: str, values: Mapping[str, object]) -> dict[str, o
 
 
 def check_notebook(notebook: str, namespace: Mapping[str, object]) -> None:
-    """Refuse unknown or ill-typed parameters of this notebook. A notebook's second cell calls it.
+    """Refuse unknown or ill-typed parameters of this notebook. A notebook's second cell calls it with its globals().
 
-    namespace: the notebook's globals(). The names come from the cell that papermill injected, which starts with
-    "# Parameters", so that variables of the notebook itself are never taken for parameters.
+    What papermill was given stands in the cell that it injected: the notebook has further variables of its own.
     """
     injected = [_assignments(cell) for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n")]
     given = injected[-1] if injected else {}
@@ -109,7 +106,7 @@ def run_notebook(
     arguments |= {"parameters": dict(parameters), "kernel_name": "python3", "language": "python"}
     kernel = ["--IPKernelApp.log_level=CRITICAL", "--IPKernelApp.ignore_cwd=True"]
     arguments |= {"cwd": str(cwd or os.getcwd()), "progress_bar": False, "extra_arguments": kernel}
-    command = [sys.executable, str(PAPERMILL), json.dumps(arguments, ensure_ascii=False), str(os.getpid())]
+    command = [sys.executable, str(PAPERMILL), json.dumps(arguments), str(os.getpid())]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a killed kernel may still write to it
         stop = stop or Path(folder) / "stop"
         given = {"OMP_NUM_THREADS": threads, "EFFNET_DEADLINE": deadline, "EFFNET_TENSORBOARD": int(tensorboard)}
@@ -138,7 +135,7 @@ def _surroundings(folder: Path) -> dict[str, str]:
     kept = ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONDONTWRITEBYTECODE")
     foreign = [name for name in os.environ if name.startswith(("PYTHON", "JUPYTER", "IPYTHON")) and name not in kept]
     modules, matplotlib = os.environ.get("PYTHONPATH"), Path(importlib.util.find_spec("matplotlib").origin).parent
-    # SAFEPATH: neither the folder of papermill_process.py, where ray.py lies, nor the working folder holds modules
+    # SAFEPATH: neither the folder of papermill_process.py nor the working folder comes first among the modules
     own = {"PYTHONPATH": f"{ROOT}{os.pathsep}{modules}" if modules else str(ROOT), "PYTHONSAFEPATH": "1"}
     own |= {"PYTHONUTF8": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     own |= {"MATPLOTLIBRC": str(matplotlib / "mpl-data")}
