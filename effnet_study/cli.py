@@ -3,7 +3,7 @@
 TO ADD A COMMAND, write such a function, and a row in docs/command-line.md.
 """
 
-import importlib.util
+import importlib
 import os
 import re
 import signal
@@ -71,10 +71,8 @@ def settings(words: Iterable[str]) -> dict[str, object]:
 
 
 def check_tensorboard(wanted: bool) -> bool:
-    """Raise ValueError if event files are requested but TensorBoard is not installed."""
-    if wanted and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("TensorBoard is not installed; pip install 'effnet-study[tensorboard]'")
-    return wanted
+    """Raise ModuleNotFoundError if event files are requested but TensorBoard is not installed."""
+    return wanted and bool(importlib.import_module("tensorboard"))
 
 
 # ---- 1. Arguments and options --------------------------------------------------------------------------------------
@@ -402,6 +400,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return command.invoke(context) or 0
     except typer.Exit as end:  # after --help
         return end.exit_code
+    except ModuleNotFoundError as error:
+        print(f"effnet: {error}; extras: pip install 'effnet-study[ray,slurm,tensorboard]'", file=sys.stderr)
+        return 2
     except (ValueError, OSError, RuntimeError, typer.exceptions.TyperException) as error:
         words = error.format_message() if isinstance(error, typer.exceptions.TyperException) else str(error)
         print(f"effnet: {words.replace('Value error, ', '')}", file=sys.stderr)  # pydantic's, in an option's error

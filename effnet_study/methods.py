@@ -86,7 +86,6 @@ def base_method(name: str) -> str:
 
 
 def color(method: str) -> str:
-    """Return the method's colour."""
     return COLORS[base_method(method)]
 
 
@@ -144,10 +143,8 @@ def match_flops(
 
     way: depth, width, resolution, compound (phi at `coefficients` alpha, beta, gamma), or fast_compound (Dollar, Singh
     and Girshick, CVPR 2021, arXiv 2103.06877): of a growth s of FLOPs, depth gets s^0.1, width s^0.4 and resolution
-    s^0.05, so that activations grow by about s^0.6 alone. The scaling found multiplies `baseline`.
-
-    Depth, width, phi and s are searched in steps of 0.01, resolution in pixels. Layers, channels and feature maps are
-    whole numbers, so FLOPs jump: look at the residual before you call two methods equal.
+    s^0.05, so that activations grow by about s^0.6 alone. Depth, width, phi and s are searched in steps of 0.01,
+    resolution in pixels. The scaling found multiplies `baseline`. Look at its residual before you call two equal.
     """
     if way == "compound" and max(coefficients) == 1:
         raise ValueError(f"coefficients: expected one above 1, or FLOPs never grow; got {coefficients!r}")
@@ -158,8 +155,6 @@ def match_flops(
         "compound": lambda i: compound_scaling(i / 100, *coefficients),
         "fast_compound": lambda i: Scaling(*((1 + i / 100) ** share for share in (0.1, 0.4, 0.05))),
     }
-    if way not in candidates:
-        raise unknown_name("method to match", way, candidates)
 
     def flops(i: int) -> int:
         return scaled_cost(candidates[way](i) * baseline, base_resolution, num_classes, stem_stride).flops
@@ -196,10 +191,9 @@ def scaled_cost(
 ) -> Cost:
     """Count the cost of B0 scaled by `scaling`, at its own resolution. The same numbers as `count_cost`, in less time
     for deep networks: a stage's layers after the first all cost the same."""
-    pixels = lib.round_resolution(scaling.resolution, base_resolution)
-    further = [lib.round_repeats(stage.layers, scaling.depth) - 1 for stage in STAGES]
+    pixels, layers, _ = rounded_network(scaling, base_resolution)
     costs = _layer_costs(scaling.width, pixels, num_classes, stem_stride, se_expanded)
-    return Cost(*(np.array([1, *further]) @ costs).tolist())
+    return Cost(*(np.array([1, *(count - 1 for count in layers)]) @ costs).tolist())
 
 
 @cache
@@ -216,8 +210,8 @@ def _layer_costs(width: float, pixels: int, num_classes: int, stem_stride: int, 
 
 
 def cost_by_stage(model: nn.Module, resolution: int) -> dict[str, Cost]:
-    """Count the cost of each part of `model`. The parts add up to `count_cost`. An EfficientNet has stem, stage 1 to
-    stage 7, head and classifier, other networks their own parts."""
+    """Count the cost of each part of `model`: stem, stage 1 to stage 7, head and classifier of an EfficientNet. They
+    add up to `count_cost`."""
     model = copy.deepcopy(model).to("meta").eval()
     params, flops, activations = Counter(), Counter(), Counter()
     for path, values in model.named_parameters():

@@ -1,6 +1,5 @@
 """Progress of runs, read from files: as a table in the terminal, and below a notebook's cell."""
 
-import base64
 import contextlib
 import contextvars
 import io
@@ -10,8 +9,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from functools import lru_cache
-from pathlib import Path
 
 import pandas as pd
 from rich import box
@@ -20,7 +17,7 @@ from rich.live import Live as RichLive
 from rich.table import Table
 from rich.text import Text
 
-from effnet_study.files import HISTORY, holder_of, load_history, plain, read_progress
+from effnet_study.files import holder_of, load_history, plain, read_progress
 from effnet_study.record import ending, read_record
 from effnet_study.run import Run
 
@@ -201,7 +198,7 @@ def watch(runs: Sequence[Run]) -> None:
 
 
 class Live:
-    """Show below a notebook's cell, while it trains, a bar and the table of its runs, and of a single one the curve.
+    """Show below a notebook's cell a bar and the table of its runs while they train:
 
         with Live(run):
             record = run.train(data)
@@ -241,31 +238,9 @@ class Live:
         with contextlib.suppress(OSError, ValueError, TypeError):
             console = Console(file=io.StringIO(), width=PLAIN_WIDTH, record=True, no_color=True)
             console.print(status_table(self.runs, console, known=self.known))
-            plain_text = console.export_text(clear=False)
+            text = console.export_text(clear=False)
             body = console.export_html(code_format="<pre>{code}</pre>", inline_styles=True)
-            done, history = progress(self.runs, self.known), self.runs[0].run_dir / HISTORY
-            bar = f'<progress max="{done["epochs"].sum():.0f}" value="{done["done"].sum():.3f}"></progress>'
-            if len(self.runs) == 1 and state != "finished" and history.exists():
-                body += _curve(history, history.stat().st_mtime_ns)
+            rows = progress(self.runs, self.known)
+            bar = f'<progress max="{rows["epochs"].sum():.0f}" value="{rows["done"].sum():.3f}"></progress>'
             html = f'<div class="effnet-live" data-state="{state}">{bar}{body}</div>'
-            self.handle.update({"text/plain": plain_text, "text/html": html}, raw=True)
-
-
-@lru_cache(maxsize=1)
-def _curve(path: Path, changed: int) -> str:
-    """Return training loss and minival top-1 by epoch as an HTML image. It is drawn again only when history.jsonl at
-    `path` has another time of change, in ns."""
-    from matplotlib.figure import Figure
-
-    history = load_history(path.parent)
-    figure = Figure(figsize=(6.4, 2.2), layout="constrained", facecolor="white")  # pyplot belongs to the notebook
-    titles = {"train_loss": "training loss", "minival_top1": "minival top-1 (%)"}
-    for ax, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        ax.plot(history["epoch"], history[name], color="black", marker=".")
-        ax.set(title=title, xlabel="epoch")
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    body = io.BytesIO()
-    figure.savefig(body, format="png", dpi=100)
-    image = base64.b64encode(body.getvalue()).decode()
-    words = f"Training loss and minival top-1 after {len(history)} epochs"
-    return f'<img alt="{words}" src="data:image/png;base64,{image}">'
+            self.handle.update({"text/plain": text, "text/html": html}, raw=True)

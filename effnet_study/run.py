@@ -79,7 +79,6 @@ class Run:
 
     @cached_property
     def cost(self) -> Cost:
-        """Parameters, FLOPs and activations at its resolution."""
         return self.profile.cost(self.scaling)
 
     @property
@@ -89,7 +88,6 @@ class Run:
 
     @property
     def run_dir(self) -> Path:
-        """The run's folder."""
         return self.study_dir / "runs" / f"{self.method}_{self.scaling}_seed{self.seed}"
 
     @property
@@ -151,7 +149,6 @@ class Run:
         return record
 
     def command(self, words: str) -> str:
-        """Return the shell command `effnet WORDS` for its profile."""
         return self.profile.command(words, self.results)
 
     @property
@@ -160,11 +157,12 @@ class Run:
         return f"run again with: {self.command('study')} --retry"
 
     def set_aside(self) -> None:
-        """Prepare another attempt: rename the last record to run.earlier.json. The new attempt goes on from the
-        last checkpoint, or starts again if the run diverged."""
-        diverged = read_record(self.run_dir)["status"] == "diverged"
-        (self.run_dir / "run.json").replace(self.run_dir / "run.earlier.json")
-        if diverged:
+        """Prepare another attempt at a run that failed or diverged: rename its record to run.earlier.json. The new
+        attempt continues from the last checkpoint, or starts again if the run diverged."""
+        state = self.state()
+        if state in ("failed", "diverged"):
+            (self.run_dir / "run.json").replace(self.run_dir / "run.earlier.json")
+        if state == "diverged":
             remove_checkpoints(self.run_dir)
 
     def _processes(self, device: str | None) -> int:
@@ -239,8 +237,8 @@ def plan_runs(
     methods: Iterable[str] | None = None,
     seeds: Iterable[int] | None = None,
 ) -> list[Run]:
-    """Return the profile's runs, group by group of its methods, and in a group seed by seed, so that a
-    study that is stopped early is as complete as possible."""
+    """Return the profile's runs, group by group of its methods, and in a group seed by seed, so that a study that is
+    stopped early is as complete as possible."""
     methods, seeds = methods or profile.methods, seeds or profile.seeds
     for kind, asked, valid in (("method", methods, profile.methods), ("seed", seeds, profile.seeds)):
         for value in asked:
@@ -286,10 +284,8 @@ def pilot(
     seed: int = 0,
 ) -> dict:
     """Train a profile's baseline with some settings of its recipe changed, or its `baseline` ({depth: 1, width: 0.35})
-    or `base_resolution`. Pilots serve to choose these settings.
-
-    No test image is read: the record, in RESULTS/PROFILE/pilots/CHANGES_seedN/, has minival's scores under "test" too.
-    """
+    or `base_resolution`, to choose these settings. No test image is read: the record, in
+    RESULTS/PROFILE/pilots/CHANGES_seedN/, has minival's scores under "test" too."""
     outside = {key: changes[key] for key in ("baseline", "base_resolution") if key in changes}
     inside = {key: value for key, value in changes.items() if key not in outside}
     profile = profile.replace(train=profile.train | inside, **outside)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +23,7 @@ from effnet_study.run import Run, plan_runs
 from effnet_study.search import Candidate, all_candidates
 
 
-@dataclass(frozen=True)
+@dataclass
 class Launcher:
     """A profile's study, and where and how its notebooks are executed: the options of `effnet study`."""
 
@@ -42,15 +41,22 @@ class Launcher:
     deadline: float | None = None  # Unix time at which everything has stopped
     tensorboard: bool = False  # write event files too
 
+    def __post_init__(self) -> None:
+        self.runs = plan_runs(self.profile, self.results, self.methods, self.seeds)
+        self.study_dir = self.runs[0].study_dir
+        self.analysed = self.study_dir / "notebooks" / "05_analysis.ipynb"
+        self.gpus = 0 if self.device == "cpu" else gpus_per_run(self.profile, 1)  # that a run asks a cluster for
+        source, results = self.profile.source, self.results
+        # Parameters of every notebook. A kernel starts in another folder, so paths are absolute
+        self.parameters = {"profile": str(Path(source).absolute()) if source else self.profile.name}
+        self.parameters |= {"results": str(Path(results).absolute())} if results else {}
+
     # ---- 1. The study ----------------------------------------------------------------------------------------------
 
     def study(self) -> int:
-        """Execute the notebooks of the profile, without those of finished runs. Return 0 if all runs are finished,
-        TRY_AGAIN if another process trains some of them, else 1.
-
-        Raises Interrupted before the deadline, or after a file appears at `stop`: all runs have a checkpoint then.
-        Raises RunMismatch, before anything is changed, if some runs were made with other settings than the profile's.
-        """
+        """Execute the notebooks that are left. Return 0 if all runs are finished, TRY_AGAIN if another process trains
+        some of them, else 1. Interrupted before the deadline, or after a file appears at `stop`. RunMismatch, before
+        anything is changed, if some runs were made with other settings than the profile's."""
         ready, waiting, candidates = self._left_to_do()
         todo = [*ready, *waiting]
         print(f"{self.profile.title}: {len(todo)} of {len(self.runs)} runs to do ({self.profile.stamp})", flush=True)
@@ -92,8 +98,8 @@ class Launcher:
         """Hand the study over to Slurm, and return at once the submitted jobs of submitit.
 
         One array job executes the notebooks of the runs, and 03 if there are coefficients to search for. Each element
-        has `seconds`; when they are up, it is queued again and goes on. A job after it, `study` on one node, trains
-        what waited for coefficients and does the analysis. ValueError if `seconds` are too few to stop in.
+        has `seconds`; when they are up, it is queued again. A job after it, `study` on one node, trains what waited for
+        coefficients and does the analysis.
         """
         ready, waiting, candidates = self._left_to_do()
         if not (ready or waiting or self._to_analyse):
@@ -102,7 +108,7 @@ class Launcher:
         self._prepare([*ready, *waiting])
         executions = self._executions(ready) + ([self._search_execution(candidates)] if candidates else [])
         closing = replace(self, jobs=None, retry=False, executor="local")._close
-        options = {"threads": self.threads, "tensorboard": self.tensorboard, "gpus": self._gpus}
+        options = {"threads": self.threads, "tensorboard": self.tensorboard, "gpus": self.gpus}
         return submit_to_slurm(slurm, executions, closing, self.study_dir, seconds=seconds, jobs=self.jobs, **options)
 
     def _close(self, stop: Path) -> bool:
@@ -111,31 +117,13 @@ class Launcher:
 
     # ---- 2. What there is to do ------------------------------------------------------------------------------------
 
-    @cached_property
-    def runs(self) -> list[Run]:
-        """All runs that were asked for."""
-        return plan_runs(self.profile, self.results, self.methods, self.seeds)
-
-    @property
-    def study_dir(self) -> Path:
-        """The study's folder."""
-        return self.runs[0].study_dir
-
-    @property
-    def analysed(self) -> Path:
-        """The executed analysis."""
-        return self.study_dir / "notebooks" / "05_analysis.ipynb"
-
     @property
     def _to_analyse(self) -> bool:
         return not self.analysed.exists() if self.analysis is None else self.analysis
 
     def _left_to_do(self) -> tuple[list[Run], list[Run], list[Candidate]]:
         """Return the runs whose notebooks can be executed; the runs that wait for the search's coefficients; and the
-        candidates of the search, if its notebook is to be executed.
-
-        RunMismatch if runs were made with other settings than the profile has now.
-        """
+        candidates of the search, if its notebook is to be executed."""
         # The notebook of a finished run takes seconds
         todo = [r for r in self.runs if r.is_to_do(self.retry) or (r.state() == "finished" and not r.executed.exists())]
         waiting = [run for run in todo if run.state() == "waiting"]
@@ -147,37 +135,26 @@ class Launcher:
 
     def _prepare(self, todo: Sequence[Run]) -> None:
         """Set failed runs aside, and delete an analysis that will be out of date."""
-        set_aside(todo)
+        for run in todo:
+            run.set_aside()
         if todo or any(run.state() == "damaged" for run in self.runs):
             self.analysed.unlink(missing_ok=True)
 
     # ---- 3. Executing notebooks ------------------------------------------------------------------------------------
 
-    @property
-    def _parameters(self) -> dict[str, str]:
-        """The parameters that every notebook has. A kernel starts in another folder, so paths are absolute."""
-        source = self.profile.source
-        named = {"profile": self.profile.name if source is None else str(Path(source).absolute())}
-        return named | ({} if self.results is None else {"results": str(Path(self.results).absolute())})
-
-    @property
-    def _gpus(self) -> int:
-        """How many GPUs a run asks a cluster for."""
-        return 0 if self.device == "cpu" else gpus_per_run(self.profile, 1)
-
     def _executions(self, runs: Sequence[Run]) -> list[Execution]:
         executions = []
         for run in runs:
-            parameters = {**self._parameters, "method": run.method, "seed": run.seed, "device": self.device}
+            parameters = {**self.parameters, "method": run.method, "seed": run.seed, "device": self.device}
             executions.append(Execution(TRAINED_BY[base_method(run.method)], run.executed, parameters, run.run_dir))
         return executions
 
     def _search_execution(self, candidates: Sequence[Candidate]) -> Execution:
         """Return the search's notebook. With `retry`, failed and diverged candidates are set aside before."""
         name, folder = "03_coefficient_search", self.study_dir / "search"
-        if self.retry and holder_of(folder) is None:
-            set_aside(candidates)
-        return Execution(name, self.analysed.with_stem(name), {**self._parameters, "device": self.device}, folder)
+        for candidate in candidates if self.retry and holder_of(folder) is None else ():
+            candidate.set_aside()
+        return Execution(name, self.analysed.with_stem(name), {**self.parameters, "device": self.device}, folder)
 
     def _execute(self, executions: Sequence[Execution]) -> bool:
         """Execute notebooks that train, and return whether all succeeded."""
@@ -186,7 +163,7 @@ class Launcher:
         options = {"stop": self.stop, "deadline": self.deadline, "tensorboard": self.tensorboard}
         if self.executor == "ray":
             optional = self.device is None
-            return execute_on_ray(executions, self.jobs, self.threads, self._gpus, optional=optional, **options)
+            return execute_on_ray(executions, self.jobs, self.threads, self.gpus, optional=optional, **options)
         jobs, threads, gpus = plan_workers(len(executions), self.profile, self.device, self.jobs, self.threads)
         return execute(executions, jobs, threads, gpus, **options)
 
@@ -198,17 +175,10 @@ class Launcher:
         """Execute 00 and 05. RunLocked if another study executes them."""
         executions = []
         for name, given in (("00_architecture", {"explorer": False}), ("05_analysis", {})):
-            executions.append(Execution(name, self.analysed.with_stem(name), self._parameters | given))
+            executions.append(Execution(name, self.analysed.with_stem(name), self.parameters | given))
         workers = plan_workers(len(executions), self.profile, "cpu")
         with hold(self.study_dir):
             return execute(executions, *workers, stop=self.stop, deadline=self.deadline)
-
-
-def set_aside(runs: Sequence[Run]) -> None:
-    """Make room for another attempt at the runs that failed or diverged."""
-    for run in runs:
-        if run.state() in ("failed", "diverged"):
-            run.set_aside()
 
 
 def refuse_stale(runs: Sequence[Run], candidates: Sequence[Run] = ()) -> None:

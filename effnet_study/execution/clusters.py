@@ -39,10 +39,8 @@ def execute_on_ray(
     """
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # two runs may print the same line
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError:
-        raise RuntimeError("executor ray: Ray is not installed; pip install 'effnet-study[ray]'") from None
+    import ray
+
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(os.environ.get("RAY_ADDRESS") or "local", logging_level="WARNING")
     signal.signal(signal.SIGTERM, handler)  # Ray's own handler would exit with another status
@@ -126,12 +124,10 @@ class SlurmTask:
 
 
 def slurm_executor(folder: Path, seconds: float):
-    """Return submitit's executor, with its files in FOLDER/slurm. RuntimeError if Slurm or submitit is not here;
-    ValueError if jobs of `seconds` are too short."""
-    try:
-        import submitit
-    except ImportError:
-        raise RuntimeError("executor slurm: submitit is not installed; pip install 'effnet-study[slurm]'") from None
+    """Return submitit's executor, with its files in FOLDER/slurm. RuntimeError if Slurm is not here; ValueError if
+    jobs of `seconds` are too short."""
+    import submitit
+
     if seconds < 300:
         raise ValueError(f"time budget: expected at least 5m for Slurm, which warns 90 s before, got {seconds:.0f} s")
     return submitit.AutoExecutor(folder / "slurm", cluster="slurm", slurm_max_num_timeout=10_000)
