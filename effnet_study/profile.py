@@ -255,16 +255,11 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("[-+]?(?:0|[1-
 
 
 def read_yaml(text: str, name: str) -> object:
-    """Read YAML, with names as keys. ValueError has the name, the line and the problem."""
+    """Read YAML, with names as keys. ValueError has the name, the problem and its line."""
     try:
         return _with_names(yaml.load(text, _Loader))
-    except yaml.reader.ReaderError as error:
-        line, problem = text.count("\n", 0, error.position), "expected text in UTF-8, without control characters"
-    except yaml.MarkedYAMLError as error:
-        line, problem = error.problem_mark.line, error.problem
     except Exception as error:  # yaml lets many kinds through
-        line, problem = None, error
-    raise ValueError(f"{name}: cannot be read{'' if line is None else f': line {line + 1}'}: {problem}")
+        raise ValueError(f"{name}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 def profile_names() -> list[str]:
@@ -289,13 +284,12 @@ def _read(name: str | Path) -> tuple[Path, dict]:
             raise unknown_name("profile", str(name), profile_names())
         path = NOTEBOOKS / "profiles" / f"{name}.yaml"
     try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")  # read_yaml refuses what is not UTF-8
-    except OSError as error:
-        raise ValueError(f"profile {path}: cannot be read: {error.strerror}") from None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"profile {path}: cannot be read: {error}") from None
     values = read_yaml(text, f"profile {path}")
     if not isinstance(values, dict):
-        got = reprlib.repr(values) if values else "nothing"
-        raise ValueError(f"profile {path}: expected keys and values, got {got}")
+        raise ValueError(f"profile {path}: expected keys and values, got {reprlib.repr(values)}")
     return path, values
 
 

@@ -148,38 +148,32 @@ def _surroundings(folder: Path) -> dict[str, str]:
 
 def _status_of(command: Sequence[str], environment: Mapping[str, str], stop: Path) -> int:
     """Run a command, print at once what it prints, and return its exit status. An interrupt creates the file `stop`,
-    and is raised when the command has ended."""
+    and is raised when the command has ended. Once `stop` exists, it has GRACE seconds; its kernel ends with it."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     pairs = ((process.stdout, "stdout"), (process.stderr, "stderr"))
     printers = [threading.Thread(target=_print_lines, args=pair, daemon=True) for pair in pairs]
     for printer in printers:
         printer.start()
-    try:
-        return _wait(process, stop)
-    except BaseException:
-        stop.touch()
-        _wait(process, stop)
-        raise
-    finally:
-        for printer in printers:  # not longer: a kernel that is about to end may keep the pipes open
-            printer.join(timeout=2)
+    interrupt, end = None, math.inf
+    while process.poll() is None:
+        try:
+            if stop.exists():
+                end = min(end, time.monotonic() + GRACE)
+            if time.monotonic() > end:
+                process.kill()
+            time.sleep(0.2)
+        except BaseException as error:
+            interrupt = error
+            stop.touch()
+    for printer in printers:  # not longer: a kernel that is about to end may keep the pipes open
+        printer.join(timeout=2)
+    if interrupt is not None:
+        raise interrupt
+    return process.returncode
 
 
 def _print_lines(stream: TextIO, name: str) -> None:
     """Copy a stream to sys.stdout or sys.stderr as it is at that moment: a table in the terminal replaces both."""
     for line in stream:
         print(line, end="", file=getattr(sys, name), flush=True)
-
-
-def _wait(process: subprocess.Popen, stop: Path) -> int:
-    """Return the exit status. Once `stop` exists, the process has GRACE seconds; its kernel ends with it."""
-    asked = math.inf
-    while True:
-        try:
-            return process.wait(timeout=0.2)
-        except subprocess.TimeoutExpired:
-            if stop.exists():
-                asked = min(asked, time.monotonic())
-            if time.monotonic() - asked > GRACE:
-                process.kill()
