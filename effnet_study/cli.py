@@ -164,10 +164,7 @@ def study(
 
 @app.command()
 def status(profile: Name, results: Results = None, watch: Watch = False):
-    """List a profile's runs with state, epochs, scores and time left.
-
-    The states are finished, running, interrupted, failed, diverged, stale, damaged, missing, and waiting for a search.
-    """
+    """List a profile's runs with state, epochs, scores and time left."""
     (progress.watch if watch else progress.print_status)(runs.plan_runs(load_profile(profile), results))
 
 
@@ -245,10 +242,8 @@ def train(
     changes = settings(word for word in given if "=" in word)
     named = [word for word in given if "=" not in word] + [word for word in (dataset, model) if word]
     if len(named) != 2:
-        raise ValueError(
-            "train: expected PROFILE METHOD, or --model NAME --dataset NAME, which mean the same; give one of them, "
-            f"got {' '.join(named)!r}"
-        )
+        ways = "PROFILE METHOD, or --model NAME --dataset NAME, which mean the same; give one of them"
+        raise ValueError(f"train: expected {ways}, got {' '.join(named)!r}")
     dataset, name = named
     if name in BY_NAME:
         run = plan_model(name, dataset, results, seed=seed, pixels=resolution, changes=changes)
@@ -307,12 +302,7 @@ def cost(
 
 
 @app.command()
-def data(
-    name: Images,
-    changes: Choice = None,
-    root: Root = None,
-    output: Report = None,
-):
+def data(name: Images, changes: Choice = None, root: Root = None, output: Report = None):
     """Fetch, check and describe a data set.
 
     The exit status is 2 if images are damaged.
@@ -400,11 +390,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return command.invoke(context) or 0
     except typer.Exit as end:  # after --help
         return end.exit_code
-    except ModuleNotFoundError as error:
-        print(f"effnet: {error}; extras: pip install 'effnet-study[ray,slurm,tensorboard]'", file=sys.stderr)
-        return 2
-    except (ValueError, OSError, RuntimeError, typer.exceptions.TyperException) as error:
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError, typer.exceptions.TyperException) as error:
         words = error.format_message() if isinstance(error, typer.exceptions.TyperException) else str(error)
+        if isinstance(error, ModuleNotFoundError):
+            words += "; extras: pip install 'effnet-study[ray,slurm,tensorboard]'"
         print(f"effnet: {words.replace('Value error, ', '')}", file=sys.stderr)  # pydantic's, in an option's error
         return 2
     except KeyboardInterrupt as error:

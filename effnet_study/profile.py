@@ -169,13 +169,11 @@ class Profile(Settings):
                 _check_recipe(self.train | self.search.train)
                 if (self.train | self.search.train).get("pretrained"):
                     raise ValueError("most candidates have no pretrained weights; set pretrained: false")
-        if self.purpose == "evidence" and self.protocol is None:
+        if (self.purpose == "evidence") != (self.protocol is not None):
             raise ValueError(
                 "purpose: evidence needs protocol: {section: NAME, commit: HASH}, the section of report/PROTOCOL.md "
-                "that fixes this study; until there is one, use purpose: exploratory"
+                f"that fixes this study, and no other purpose has one; got {self.purpose!r}"
             )
-        if self.purpose != "evidence" and self.protocol is not None:
-            raise ValueError(f"protocol: belongs to purpose: evidence; the purpose is {self.purpose!r}, so remove it")
         return self
 
     def config(self, **changes: object) -> TrainConfig:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 import pandas as pd
@@ -197,50 +197,50 @@ def watch(runs: Sequence[Run]) -> None:
 # ---- 3. Below a notebook's cell ------------------------------------------------------------------------------------
 
 
-class Live:
-    """Show below a notebook's cell a bar and the table of its runs while they train:
+@contextlib.contextmanager
+def live(*runs: Run, seconds: float = 1.0) -> Iterator[Callable[[str], None] | None]:
+    """Show below a notebook's cell a bar and the table of runs while they train:
 
-        with Live(run):
+        with live(run):
             record = run.train(data)
 
     It is HTML without widgets, so JupyterLab, VS Code, nbclient and papermill all show and save it. Nothing is shown
     outside notebooks, or when `effnet study` executes the notebook: there a line per epoch suffices. seconds: between
-    two updates.
+    two updates. Yields the function that updates the output.
     """
+    from IPython import display, get_ipython
 
-    def __init__(self, *runs: Run, seconds: float = 1.0):
-        self.runs, self.seconds, self.known = runs, seconds, {}
-        self.ended, self.handle = threading.Event(), None
+    if "EFFNET_STOP" in os.environ or get_ipython() is None:
+        yield None
+        return
+    handle, known, ended = display.display({"text/plain": ""}, raw=True, display_id=True), {}, threading.Event()
 
-    def __enter__(self) -> "Live":
-        from IPython import display, get_ipython
-
-        if "EFFNET_STOP" not in os.environ and get_ipython() is not None:
-            self.handle = display.display({"text/plain": ""}, raw=True, display_id=True)
-            self.show("running")
-            target = contextvars.copy_context().run  # so that the kernel knows to which cell the output belongs
-            self.thread = threading.Thread(target=target, args=(self._follow,), daemon=True)
-            self.thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self.handle is not None:
-            self.ended.set()
-            self.thread.join()
-            self.show("finished" if error is None else "stopped")
-
-    def _follow(self) -> None:
-        while not self.ended.wait(self.seconds):
-            self.show("running")
-
-    def show(self, state: str) -> None:
-        """Update the output. An error in it must not end the training, so there is no output then."""
-        with contextlib.suppress(OSError, ValueError, TypeError):
+    def show(state: str) -> None:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # an error in it must not end the training
             console = Console(file=io.StringIO(), width=PLAIN_WIDTH, record=True, no_color=True)
-            console.print(status_table(self.runs, console, known=self.known))
+            console.print(status_table(runs, console, known=known))
             text = console.export_text(clear=False)
-            body = console.export_html(code_format="<pre>{code}</pre>", inline_styles=True)
-            rows = progress(self.runs, self.known)
+            table, rows = (
+                console.export_html(code_format="<pre>{code}</pre>", inline_styles=True),
+                progress(runs, known),
+            )
             bar = f'<progress max="{rows["epochs"].sum():.0f}" value="{rows["done"].sum():.3f}"></progress>'
-            html = f'<div class="effnet-live" data-state="{state}">{bar}{body}</div>'
-            self.handle.update({"text/plain": text, "text/html": html}, raw=True)
+            html = f'<div class="effnet-live" data-state="{state}">{bar}{table}</div>'
+            handle.update({"text/plain": text, "text/html": html}, raw=True)
+
+    def follow() -> None:
+        while not ended.wait(seconds):
+            show("running")
+
+    show("running")
+    in_context = contextvars.copy_context().run  # so that the kernel knows to which cell the output belongs
+    thread = threading.Thread(target=in_context, args=(follow,), daemon=True)
+    thread.start()
+    state = "stopped"
+    try:
+        yield show
+        state = "finished"
+    finally:
+        ended.set()
+        thread.join()
+        show(state)

@@ -381,7 +381,10 @@ def test_a_pilot_that_cannot_be_is_refused(profile_file, tmp_path, changes, mess
         ({"methods": [["baseline"], ["baseline"]]}, "methods: expected a list without repetitions"),
         ({"purpose": "evidence"}, "purpose: evidence needs protocol: {section: NAME, commit: HASH}"),
         ({"purpose": "evidence", "protocol": {"section": "pocket"}}, "protocol: commit is missing"),
-        ({"protocol": {"section": "pocket", "commit": "HEAD"}}, "protocol: belongs to purpose: evidence"),
+        (
+            {"protocol": {"section": "pocket", "commit": "HEAD"}},
+            "purpose: evidence needs protocol: .*no other purpose has one",
+        ),
         (
             {"purpose": "evidence", "protocol": {"section": "mine", "commit": "HEAD"}},
             "has no section '## Study `mine`'",

@@ -17,7 +17,7 @@ from effnet_study.cli import main
 from effnet_study.data.load import load_data
 from effnet_study.files import hold, holder_of, load_history, read_progress, write_history, write_progress
 from effnet_study.profile import load_profile
-from effnet_study.progress import Live, progress, status_table
+from effnet_study.progress import live, progress, status_table
 from effnet_study.run import Run, plan_runs
 from effnet_study.search import all_candidates
 from effnet_study.stop import Interrupted
@@ -182,16 +182,16 @@ def test_status_is_watched_until_interrupted_or_without_a_terminal_told_once(pro
 def test_a_notebooks_cell_shows_a_bar_and_a_table_in_place(profile_file, tmp_path, handle, monkeypatch):
     monkeypatch.delenv("EFFNET_TENSORBOARD", raising=False)
     run = Run.plan(profile_file(**SMALL), "baseline", 0, tmp_path)
-    live, seen = Live(run, seconds=0.01), []
+    seen = []
 
     def wait(images):  # for the score of the first epoch
         until = time.monotonic() + 60
         while not re.search("running +1.*/3", handle.shown[-1]["text/plain"]) and time.monotonic() < until:
-            live.ended.wait(0.01)
+            time.sleep(0.01)
         seen.append(progress([run]).iloc[0])
         return images
 
-    with live:
+    with live(run, seconds=0.01):
         run.train(Disturbed(load_data(**run.profile.data.given()), wait, epoch=1, step=1), "cpu")
     assert seen[0]["state"] == "running" and 1 <= seen[0]["done"] < 2
     assert seen[0]["minival_top1"] == load_history(run.run_dir)["minival_top1"][0]
@@ -214,7 +214,7 @@ def test_a_cell_that_is_stopped_says_how_to_go_on_and_event_files_have_every_epo
         signal.raise_signal(signal.SIGINT)
         return images
 
-    with pytest.raises(Interrupted) as raised, Live(run):
+    with pytest.raises(Interrupted) as raised, live(run):
         run.train(Disturbed(data, stop, epoch=1, step=0), "cpu", tensorboard=True)
     assert handle.states()[-1] == "stopped"
     assert re.search(r"interrupted +1\.\d+/3", handle.shown[-1]["text/plain"])  # where it goes on, by its checkpoint
@@ -235,12 +235,12 @@ def test_a_cell_shows_how_far_its_run_is(profile_file, tmp_path, handle):
     run = Run.plan(profile_file(train=TRAIN | {"epochs": 4}), "baseline", 0, tmp_path)
 
     def said():
-        live.show("running")
+        show("running")
         text = " ".join(handle.shown[-1]["text/plain"].split())
         assert text == " ".join(re.sub("<.*?>", "", handle.shown[-1]["text/html"]).split())
         return text.partition(" baseline ")[2]
 
-    with Live(run, seconds=1000) as live:
+    with live(run, seconds=1000) as show:
         assert said() == "0 missing 0/4"
         begin(run)
         with hold(run.run_dir):
@@ -262,16 +262,16 @@ def test_the_score_of_a_candidate_is_not_taken_for_one_on_test(profile_file, tmp
 
 def test_several_runs_have_one_bar_and_a_study_shows_nothing(profile_file, tmp_path, handle, monkeypatch):
     runs = plan_runs(load_profile(profile_file(methods=["baseline", "width"])), tmp_path)
-    with Live(*runs):
+    with live(*runs):
         write_record(runs[1])
     assert handle.shown[-1]["text/html"].count('<progress max="2" value="1.000">') == 1
     assert {"baseline", "width"} <= set(handle.shown[-1]["text/html"].split())
     before = len(handle.shown)
     with monkeypatch.context() as patch:
         patch.setenv("EFFNET_STOP", str(tmp_path / "stop"))
-        with Live(*runs):
+        with live(*runs):
             pass
     monkeypatch.setattr(IPython, "get_ipython", lambda: None)  # a script
-    with Live(*runs):
+    with live(*runs):
         pass
     assert len(handle.shown) == before
