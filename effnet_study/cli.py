@@ -23,7 +23,7 @@ from effnet_study import progress, speed, use
 from effnet_study import run as runs
 from effnet_study.analysis.recipes import load_pilots
 from effnet_study.coefficients import describe_search, load_coefficients
-from effnet_study.costs import method_costs, network_costs
+from effnet_study.costs import network_costs
 from effnet_study.costs import plan as plan_study
 from effnet_study.data.decode import DamagedImages
 from effnet_study.data.inspect import describe_data, inspect_data, sample_grid
@@ -277,28 +277,16 @@ def rerun(record: Record, results: Again = Path("rerun"), device: Device = None)
 # ---- 4. Networks and data ------------------------------------------------------------------------------------------
 
 counted = "b0 to b7, a Table 7 row such as compound, or resnet50, resnet152, densenet201"
-methods_of = "count this profile's methods (NETWORK: some of them), at its baseline, pixels and classes"
 
 
 @app.command()
 def cost(
-    networks: Annotated[list[str] | None, _argument("NETWORK", counted)] = None,
-    profile: Annotated[str | None, _option(methods_of)] = None,
+    networks: Annotated[list[str], _argument("NETWORK", counted)],
     by_stage: Annotated[bool, _option("a row for each part, and their sum")] = False,
 ):
     """Count parameters, FLOPs (multiply-adds) and activations."""
     numbers = dict.fromkeys(["params", "flops", "activations"], "{:,}".format)
-    if profile:
-        loaded = load_profile(profile)
-        baseline = f"B0 at depth {loaded.baseline.depth:g}, width {loaded.baseline.width:g}"
-        print(f"{loaded.title}: baseline = {baseline}, {loaded.base_resolution} px; d, w, r multiply it")
-        numbers |= dict.fromkeys([*"dwr", "x baseline", "x compound"], "{:.2f}".format)
-        table = method_costs(loaded, networks)
-    elif networks:
-        table = network_costs(networks, by_stage)
-    else:
-        raise ValueError(f"cost: expected NETWORK ({counted}) or --profile NAME")
-    print(table.to_string(index=False, formatters=numbers))
+    print(network_costs(networks, by_stage).to_string(index=False, formatters=numbers))
 
 
 @app.command()

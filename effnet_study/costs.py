@@ -37,20 +37,6 @@ def network_costs(names: Sequence[str], by_stage: bool = False) -> pd.DataFrame:
     return table if by_stage else table.drop(columns="part")
 
 
-def method_costs(profile: Profile, methods: Sequence[str] | None = None) -> pd.DataFrame:
-    """Return a row for each of a profile's methods (default: all): method, d, w, r, px, params, flops, activations, and
-    the FLOPs as multiples of the baseline's and of compound's. Methods that wait for a search are printed instead."""
-    rows, targets = [], {"x baseline": Scaling(), "x compound": TABLE7["compound"]}
-    for run in plan_runs(profile, methods=methods, seeds=profile.seeds[:1]):
-        if run.waiting:
-            print(f"{run.method} is not counted until its coefficients are known: {run.command('search')}")
-            continue
-        row = {"method": run.method, **dict(zip("dwr", vars(run.scaling).values(), strict=True))}
-        row |= {"px": run.config.resolution, **vars(run.cost)}
-        rows.append(row | {name: run.cost.flops / profile.cost(of).flops for name, of in targets.items()})
-    return pd.DataFrame(rows)
-
-
 def plan(
     profile: Profile,
     results: str | Path | None = None,

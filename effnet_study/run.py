@@ -114,11 +114,7 @@ class Run:
         return build_network(self.scaling * self.profile.baseline, num_classes, self.profile.stem_stride, self.config)
 
     def train(
-        self,
-        data: ImageData,
-        device: str | None = None,
-        deadline: float | None = None,
-        tensorboard: bool | None = None,
+        self, data: ImageData, device: str | None = None, deadline: float | None = None, tensorboard: bool | None = None
     ) -> dict:
         """Train (or continue, or find finished) and return the record. RuntimeError if the run failed or diverged.
 
@@ -232,10 +228,7 @@ def build_network(
 
 
 def plan_runs(
-    profile: Profile,
-    results: str | Path | None = None,
-    methods: Iterable[str] | None = None,
-    seeds: Iterable[int] | None = None,
+    profile: Profile, results: str | Path | None = None, methods: Iterable | None = None, seeds: Iterable | None = None
 ) -> list[Run]:
     """Return the profile's runs, group by group of its methods, and in a group seed by seed, so that a study that is
     stopped early is as complete as possible."""
@@ -277,11 +270,7 @@ def load_runs(profile: Profile, results: str | Path | None = None) -> pd.DataFra
 
 
 def pilot(
-    profile: Profile,
-    changes: Mapping[str, object],
-    results: str | Path | None = None,
-    device: str | None = None,
-    seed: int = 0,
+    profile: Profile, changes: Mapping, results: str | Path | None = None, device: str | None = None, seed: int = 0
 ) -> dict:
     """Train a profile's baseline with some settings of its recipe changed, or its `baseline` ({depth: 1, width: 0.35})
     or `base_resolution`, to choose these settings. No test image is read: the record, in

@@ -146,7 +146,7 @@ class Launcher:
         executions = []
         for run in runs:
             parameters = {**self.parameters, "method": run.method, "seed": run.seed, "device": self.device}
-            executions.append(Execution(TRAINED_BY[base_method(run.method)], run.executed, parameters, run.run_dir))
+            executions.append(Execution(TRAINED_BY[base_method(run.method)], run.executed, parameters))
         return executions
 
     def _search_execution(self, candidates: Sequence[Candidate]) -> Execution:
@@ -154,7 +154,7 @@ class Launcher:
         name, folder = "03_coefficient_search", self.study_dir / "search"
         for candidate in candidates if self.retry and holder_of(folder) is None else ():
             candidate.set_aside()
-        return Execution(name, self.analysed.with_stem(name), {**self.parameters, "device": self.device}, folder)
+        return Execution(name, self.analysed.with_stem(name), {**self.parameters, "device": self.device})
 
     def _execute(self, executions: Sequence[Execution]) -> bool:
         """Execute notebooks that train, and return whether all succeeded."""

@@ -560,14 +560,3 @@ def test_the_protocol_of_every_study_of_evidence_is_fixed():
     for name in profile_names():
         profile = study.load_profile(name)  # which refuses it otherwise
         assert (profile.purpose == "evidence") == (profile.protocol is not None)
-
-
-# ---- The command
-
-
-def test_cost_counts_a_profiles_methods(profile_file, capsys):
-    assert main(["cost", "--profile", str(profile_file(**POCKET)), "baseline", "depth"]) == 0
-    head, columns, *rows = capsys.readouterr().out.splitlines()
-    assert "depth 0.5, width 0.5, 48 px" in head and columns.split()[:5] == ["method", "d", "w", "r", "px"]
-    assert [row.split()[0] for row in rows] == ["baseline", "depth"] and rows[0].split()[-2] == "1.00"
-    assert main(["cost"]) == 2 and "expected NETWORK" in capsys.readouterr().err

@@ -417,10 +417,10 @@ def test_a_job_of_slurm_that_is_warned_stops_and_goes_on_when_it_is_started_agai
     path = profile_file(**LONG)
     run = Run.plan(path, "baseline", 0, tmp_path)
     parameters = {"profile": str(path), "results": str(tmp_path), "device": "cpu"}
-    execution = Execution("01_baseline_b0", run.executed, parameters, run.run_dir)
+    execution = Execution("01_baseline_b0", run.executed, parameters)
     executor = submitit.AutoExecutor(tmp_path / "logs", cluster="local")
     executor.update_parameters(timeout_min=10)
-    job = executor.submit(SlurmTask(partial(execute, [execution], 1, 1), tmp_path / "stop", run.run_dir))
+    job = executor.submit(SlurmTask(partial(execute, [execution], 1, 1), tmp_path / "stop"))
     kernel = psutil.Process(wait_for_checkpoint(run))
     papermill = kernel.parent()
     for process in (kernel, papermill, papermill.parent()):  # Slurm warns every process of a job

@@ -457,6 +457,7 @@ def test_cost_by_stage_adds_up_to_the_whole(capsys):
         (["status", "quik"], "Did you mean 'quick'?"),
         (["study", "quick", "--methods", "dept"], "Did you mean 'depth'?"),
         (["cost", "b9"], "unknown network 'b9'"),
+        (["cost"], "Missing argument 'NETWORK"),
         (["data", "cifar-10"], "unknown data set 'cifar-10'"),
         (["data", "folder:nowhere"], "no such folder; tried"),
     ],

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from effnet_study.execution.local import RETRIES, Execution, attempt, execute, side_by_side
 from effnet_study.execution.notebook import GRACE
-from effnet_study.files import holder_of
 from effnet_study.stop import Interrupted
 
 # ---- 1. Ray --------------------------------------------------------------------------------------------------------
@@ -104,7 +103,6 @@ class SlurmTask:
 
     work: Callable[..., bool]  # work(stop=FILE) returns whether all succeeded
     stop: Path
-    folder: Path  # holds the runs that it trains
 
     def __call__(self) -> bool:
         self.stop.unlink(missing_ok=True)
@@ -117,9 +115,7 @@ class SlurmTask:
         import submitit
 
         self.stop.touch()
-        until = time.monotonic() + GRACE
-        while any(holder_of(lock.parent) for lock in self.folder.rglob(".lock")) and time.monotonic() < until:
-            time.sleep(0.2)
+        time.sleep(GRACE)  # then what has not stopped is killed
         return submitit.helpers.DelayedSubmission(self)
 
 
@@ -159,10 +155,8 @@ def submit_to_slurm(
     with executor.batch() if executions else contextlib.nullcontext():
         for number, execution in enumerate(executions):
             work = partial(execute, [execution], 1, threads, gpus, tensorboard=tensorboard)
-            task = SlurmTask(work, place / f".stop.{number}", execution.run_dir or place)
-            submitted.append(executor.submit(task))
+            submitted.append(executor.submit(SlurmTask(work, place / f".stop.{number}")))
     if submitted:
         further = further | {"dependency": f"afterany:{submitted[0].job_id.partition('_')[0]}"}
     executor.update_parameters(name=f"effnet-{folder.name}-closing", slurm_additional_parameters=further)
-    submitted.append(executor.submit(SlurmTask(closing, place / ".stop.closing", folder)))
-    return submitted
+    return [*submitted, executor.submit(SlurmTask(closing, place / ".stop.closing"))]

@@ -30,7 +30,6 @@ class Execution:
     notebook: str
     output: Path
     parameters: Mapping[str, object]
-    run_dir: Path | None = None  # the folder that its process locks
 
 
 def plan_workers(
