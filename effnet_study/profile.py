@@ -54,7 +54,7 @@ def _read_groups(methods: object) -> object:
 
 
 def _read_baseline(value: object) -> Scaling:
-    return value if isinstance(value, Scaling) else Scaling(**dict(Baseline.model_validate(_with_names(value))))
+    return value if isinstance(value, Scaling) else Scaling(**dict(Baseline.model_validate(value)))
 
 
 def _check_recipe(train: Mapping[str, object]) -> None:
@@ -233,15 +233,15 @@ class Profile(Settings):
 
 class _Loader(yaml.SafeLoader):
     """YAML in which only true and false are truth values, and only decimal numbers are numbers: in YAML 1.1, no is
-    false, 010 is 8, and 1:30 is 90. A key may be given once."""
+    false, 010 is 8, and 1:30 is 90. Keys are text, and may be given once."""
 
     def construct_mapping(self, node, deep=False):
         given = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        for key, _ in node.value:
             if str(key.value) in given:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
             given.add(str(key.value))
-        return super().construct_mapping(node, deep)
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -253,9 +253,9 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("[-+]?(?:0|[1-
 
 
 def read_yaml(text: str, name: str) -> object:
-    """Read YAML, with names as keys. ValueError has the name, the problem and its line."""
+    """Read YAML. ValueError has the name, the problem and its line."""
     try:
-        return _with_names(yaml.load(text, _Loader))
+        return yaml.load(text, _Loader)
     except Exception as error:  # yaml lets many kinds through
         raise ValueError(f"{name}: cannot be read: {' '.join(str(error).split())}") from None
 
@@ -289,11 +289,6 @@ def _read(name: str | Path) -> tuple[Path, dict]:
     if not isinstance(values, dict):
         raise ValueError(f"profile {path}: expected keys and values, got {reprlib.repr(values)}")
     return path, values
-
-
-def _with_names(value: object) -> object:
-    """Turn the keys that YAML reads as numbers or truth values into names."""
-    return {str(key): _with_names(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def _build(path: Path, values: dict, source: str | None) -> Profile:

@@ -348,7 +348,7 @@ def test_a_pilot_may_change_the_baseline_its_pixels_and_the_seed(profile_file, t
     [
         ({"baseline": 0.5}, "baseline: expected a valid dictionary .*, got 0.5"),
         ({"baseline": {"deep": 1}}, "baseline: unknown setting 'deep'. Did you mean 'depth'"),
-        ({"baseline": {1: 1}}, "baseline: unknown setting '1'"),
+        ({"baseline": {"1": 1}}, "baseline: unknown setting '1'"),
         ({"baseline": {"depth": 1, "resolution": 2}}, "baseline: unknown setting 'resolution'"),
         ({"baseline": {"depth": 0}}, "baseline: depth: expected a value greater than 0, got 0"),
         ({"base_resolution": 4}, "base_resolution: expected .*greater than or equal to 8, got 4"),
@@ -408,7 +408,7 @@ def test_bad_profiles_are_refused_by_name(profile_file, changes, message):
         (b"title: T\nnote: caf\xe9\n", "cannot be read: 'utf-8' codec can't decode byte 0xe9"),
         (b"title: T\n\nnote: \x00\n", "cannot be read: .*special characters are not allowed"),
         ("title: T\n".encode("utf-16"), "cannot be read: 'utf-8' codec can't decode"),
-        (b"a: &a [*a]\nb: &b {b: *b}", "cannot be read: "),
+        (b"a: &a [*a]\nb: &b {b: *b}", "unknown key 'a'"),
         (b"title: !!python/name:os.system\n", "cannot be read: could not determine a constructor .*line 1"),
         (b"on: 3\n", "unknown key 'on'"),
     ],

@@ -130,8 +130,12 @@ def run_notebook(
 
 
 def _surroundings(folder: Path) -> dict[str, str]:
-    """Return a kernel's environment: the user's, but with these modules, matplotlib as it comes, UTF-8, and without the
-    user's start-up files, kernels and configuration. folder: for the kernel's own files."""
+    """Return a kernel's environment: the user's, but with this Python, these modules, matplotlib as it comes, UTF-8,
+    and without the user's start-up files, kernels and configuration. folder: for the kernel's own files."""
+    spec = folder / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)  # ipykernel's own file starts a launcher, which removes the first modules' folder
+    launch = [sys.executable, "-m", "ipykernel", "-f", "{connection_file}"]
+    spec.write_text(json.dumps({"argv": launch, "display_name": "Python 3", "language": "python"}), encoding="utf-8")
     kept = ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONDONTWRITEBYTECODE")
     foreign = [name for name in os.environ if name.startswith(("PYTHON", "JUPYTER", "IPYTHON")) and name not in kept]
     modules, matplotlib = os.environ.get("PYTHONPATH"), Path(importlib.util.find_spec("matplotlib").origin).parent
@@ -139,7 +143,8 @@ def _surroundings(folder: Path) -> dict[str, str]:
     own = {"PYTHONPATH": f"{ROOT}{os.pathsep}{modules}" if modules else str(ROOT), "PYTHONSAFEPATH": "1"}
     own |= {"PYTHONUTF8": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     own |= {"MATPLOTLIBRC": str(matplotlib / "mpl-data")}
-    own |= dict.fromkeys(["IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"], str(folder))
+    places = ("CONFIG_DIR", "DATA_DIR", "PATH", "RUNTIME_DIR")
+    own |= dict.fromkeys(["IPYTHONDIR", *(f"JUPYTER_{place}" for place in places)], str(folder))
     if not os.access(os.path.expanduser("~"), os.W_OK):  # in a container a user id may have no home, and no name
         own["HOME"] = str(folder)
     user = {"USER": str(os.getuid())}
