@@ -32,11 +32,9 @@ UNDER_WAY = ("running", "interrupted")
 
 
 def progress(runs: Sequence[Run], known: dict | None = None) -> pd.DataFrame:
-    """Return the progress of runs, one row per run.
-
-    state; done epochs (with a fraction) and epochs in all; train_loss; minival_top1 of the last epoch; top1 and top5 on
-    test of a finished run; images_per_second; seconds trained, and left. A run that has not started will take the
-    seconds of another seed of its method; if there is none, left is NaN.
+    """Return the progress of runs, a row each: method, seed, state; done epochs (with a fraction) and epochs in all;
+    train_loss, and minival_top1 of the last epoch; top1 and top5 on test; images_per_second; seconds trained, and left.
+    A run that has not started will take the seconds of another seed of its method; if there is none, left is NaN.
 
     known: kept from call to call, it holds the rows of ended runs, whose files are not read again.
     """
@@ -67,9 +65,8 @@ def _row(run: Run) -> dict:
         return row
     with contextlib.suppress(FileNotFoundError, ValueError):
         history = load_history(run.run_dir)
-        if len(history):
-            row |= history.iloc[-1][["train_loss", "minival_top1", "images_per_second"]].to_dict()
-            row |= {"done": float(len(history)), "seconds": float(history["seconds"].sum())}
+        row |= history.iloc[-1][["train_loss", "minival_top1", "images_per_second"]].to_dict()
+        row |= {"done": float(len(history)), "seconds": float(history["seconds"].sum())}
     if state == "finished":
         record = read_record(run.run_dir)
         row |= {key: record[key] for key in ("seconds", "images_per_second")} | {"done": float(row["epochs"])}

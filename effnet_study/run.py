@@ -244,10 +244,7 @@ def plan_runs(
 
 def load_runs(profile: Profile, results: str | Path | None = None) -> pd.DataFrame:
     """Return the runs of a profile, a row each, in the profile's order. Unfinished ones have a status and no scores.
-
-    top1 and top5 are percentages, flops multiply-adds, seconds the whole run's. peak_memory_bytes is torch's on a GPU
-    and the process's on a CPU.
-    """
+    peak_memory_bytes is torch's on a GPU and the process's on a CPU."""
     rows = []
     for run in plan_runs(profile, results):
         row = {"method": run.method, "seed": run.seed, "status": run.state()}

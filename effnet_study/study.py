@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -69,9 +70,8 @@ class Launcher:
             self._execute(self._executions(ready))
             if candidates and self._search(candidates):
                 self._execute(self._executions(waiting))
-            places = [run.run_dir for run in self.runs if run.state() != "waiting"]
-            places += [self.study_dir / "search"] if candidates else []
-            held = [place for place in places if holder_of(place) is not None]
+            held = [run.run_dir for run in self.runs if run.state() == "running"]
+            held += [place for place in [self.study_dir / "search"] if candidates and holder_of(place) is not None]
             finished = [run for run in self.runs if run.state() == "finished"]
             analysed = True
             if finished and not held and self._to_analyse:
@@ -104,12 +104,13 @@ class Launcher:
         ready, waiting, candidates = self._left_to_do()
         if not (ready or waiting or self._to_analyse):
             return []
-        slurm = slurm_executor(self.study_dir, seconds)  # refuses before anything is changed
+        # Refuses before anything is changed
+        slurm = slurm_executor(self.study_dir, seconds, self.jobs, self.threads, self.gpus)
         self._prepare([*ready, *waiting])
         executions = self._executions(ready) + ([self._search_execution(candidates)] if candidates else [])
-        closing = replace(self, jobs=None, retry=False, executor="local")._close
-        options = {"threads": self.threads, "tensorboard": self.tensorboard, "gpus": self.gpus}
-        return submit_to_slurm(slurm, executions, closing, self.study_dir, seconds=seconds, jobs=self.jobs, **options)
+        how = {"jobs": 1, "threads": self.threads or (None if self.gpus else 1), "gpus": self.gpus}
+        works = [partial(execute, [execution], **how, tensorboard=self.tensorboard) for execution in executions]
+        return submit_to_slurm(slurm, works, replace(self, jobs=None, retry=False)._close)
 
     def _close(self, stop: Path) -> bool:
         """Do what is left of a study after its array job."""

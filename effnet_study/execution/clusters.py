@@ -1,6 +1,5 @@
 """Many notebooks on a cluster: executed by Ray, or handed over to Slurm by submitit. Neither needs to be installed."""
 
-import contextlib
 import math
 import os
 import signal
@@ -9,10 +8,9 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from effnet_study.execution.local import RETRIES, Execution, attempt, execute, side_by_side
+from effnet_study.execution.local import RETRIES, Execution, attempt, side_by_side
 from effnet_study.execution.notebook import GRACE
 from effnet_study.stop import Interrupted
 
@@ -119,44 +117,33 @@ class SlurmTask:
         return submitit.helpers.DelayedSubmission(self)
 
 
-def slurm_executor(folder: Path, seconds: float):
+def slurm_executor(folder: Path, seconds: float, jobs: int | None, threads: int | None, gpus: int):
     """Return submitit's executor, with its files in FOLDER/slurm. RuntimeError if Slurm is not here; ValueError if
-    jobs of `seconds` are too short."""
+    jobs of `seconds`, after which they are queued again, are too short.
+
+    jobs: at most so many at a time. threads: CPUs of each (default: 4 for each GPU, else one). sbatch itself reads
+    $SBATCH_PARTITION, $SBATCH_ACCOUNT and so on.
+    """
     import submitit
 
     if seconds < 300:
         raise ValueError(f"time budget: expected at least 5m for Slurm, which warns 90 s before, got {seconds:.0f} s")
-    return submitit.AutoExecutor(folder / "slurm", cluster="slurm", slurm_max_num_timeout=10_000)
-
-
-def submit_to_slurm(
-    executor,
-    executions: Sequence[Execution],
-    closing: Callable[..., bool],
-    folder: Path,
-    *,
-    seconds: float,
-    jobs: int | None,
-    threads: int | None,
-    gpus: int,
-    tensorboard: bool,
-) -> list:
-    """Submit notebooks as one array job, and closing(stop=FILE) as a job after it. Return the jobs, closing last.
-
-    seconds: the time of each job, after which it is queued again. jobs: at most so many at a time. threads: CPUs of
-    each (default: 4 for each GPU, else one). sbatch itself reads $SBATCH_PARTITION, $SBATCH_ACCOUNT and so on.
-    """
-    place, cpus, further = folder / "slurm", threads or 4 * gpus or 1, {"requeue": True}
-    options = {"timeout_min": math.ceil(seconds / 60), "nodes": 1, "tasks_per_node": 1, "gpus_per_node": gpus or None}
-    options |= {"cpus_per_task": cpus, "slurm_array_parallelism": jobs or max(1, len(executions))}
+    executor = submitit.AutoExecutor(folder / "slurm", cluster="slurm", slurm_max_num_timeout=10_000)
+    options = {"name": f"effnet-{folder.name}", "timeout_min": math.ceil(seconds / 60), "nodes": 1, "tasks_per_node": 1}
+    options |= {"gpus_per_node": gpus or None, "cpus_per_task": (cpus := threads or 4 * gpus or 1)}
     options |= {"slurm_srun_args": [f"--cpus-per-task={cpus}"]}  # srun does not take this over from sbatch
-    executor.update_parameters(name=f"effnet-{folder.name}", **options, slurm_additional_parameters=further)
-    submitted, threads = [], threads or (None if gpus else 1)
-    with executor.batch() if executions else contextlib.nullcontext():
-        for number, execution in enumerate(executions):
-            work = partial(execute, [execution], 1, threads, gpus, tensorboard=tensorboard)
-            submitted.append(executor.submit(SlurmTask(work, place / f".stop.{number}")))
-    if submitted:
-        further = further | {"dependency": f"afterany:{submitted[0].job_id.partition('_')[0]}"}
-    executor.update_parameters(name=f"effnet-{folder.name}-closing", slurm_additional_parameters=further)
-    return [*submitted, executor.submit(SlurmTask(closing, place / ".stop.closing"))]
+    options |= {"slurm_array_parallelism": jobs or 256, "slurm_additional_parameters": {"requeue": True}}
+    executor.update_parameters(**options)
+    return executor
+
+
+def submit_to_slurm(executor, works: Sequence[Callable[..., bool]], closing: Callable[..., bool]) -> list:
+    """Submit work(stop=FILE) of each as one array job, and closing(stop=FILE) as a job after it. Return the jobs."""
+    tasks = [SlurmTask(work, executor.folder / f".stop.{number}") for number, work in enumerate((*works, closing))]
+    submitted, further = [], {"requeue": True}
+    if works:
+        with executor.batch():
+            submitted = [executor.submit(task) for task in tasks[:-1]]
+        further |= {"dependency": f"afterany:{submitted[0].job_id.partition('_')[0]}"}
+    executor.update_parameters(slurm_additional_parameters=further)
+    return [*submitted, executor.submit(tasks[-1])]
