@@ -8,8 +8,8 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,9 +23,8 @@ PAUSE = 5  # seconds until the kernel of a killed process has ended, too
 RETRIES = 2  # further attempts at a notebook whose process was killed; a notebook that fails by itself gets none
 
 
-@dataclass(frozen=True)
-class Execution:
-    """A notebook to be executed."""
+class Execution(NamedTuple):
+    """A notebook to be executed: the first arguments of `run_notebook`."""
 
     notebook: str
     output: Path
@@ -110,13 +109,12 @@ def attempt(execution: Execution, *, stop: Path, deadline: float | None = None, 
     If its process is killed, it is attempted again, and the run continues from its checkpoint. It is not if a cell
     fails, or if another process trains its run. options: as in `run_notebook`.
     """
-    notebook, output = execution.notebook, execution.output
     for left in reversed(range(RETRIES + 1)):
         if stop.exists() or time.time() + STARTING > (deadline or math.inf):
             raise Interrupted("too little time is left to start another notebook")
-        print(f"{output.stem}\n", end="", flush=True)  # with its line end, since other threads print too
+        print(f"{execution.output.stem}\n", end="", flush=True)  # with its line end, since other threads print too
         try:
-            run_notebook(notebook, output, execution.parameters, stop=stop, deadline=deadline, **options)
+            run_notebook(*execution, stop=stop, deadline=deadline, **options)
             return True
         except ProcessKilled as error:
             print(f"effnet: {error}{'; it is attempted again' if left else ''}", file=sys.stderr, flush=True)
