@@ -47,10 +47,8 @@ def plan(
     seconds: float = 60,
 ) -> tuple[pd.DataFrame, int]:
     """Return the runs that are still to do, a row each (an image's flops and activations, and the run's seconds here),
-    and how many are trained at a time. Runs that wait for a search are printed instead.
-
-    `seconds` are spent on a few training steps of each method. Starting notebooks and reading images are not included.
-    """
+    and how many are trained at a time. `seconds` are spent on a few training steps of each method. Starting notebooks
+    and reading images are not included."""
     todo = [run for run in plan_runs(profile, results) if run.is_to_do()]
     runs = [run for run in todo if run.state() != "waiting"]
     if len(runs) < len(todo):

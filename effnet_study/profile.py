@@ -91,10 +91,8 @@ class Search(Settings):
 
 
 class Protocol(Settings):
-    """The section of report/PROTOCOL.md that fixes a study of evidence, and the commit that fixed it.
-
-    ValueError unless report/PROTOCOL.md says, now and at that commit, that the section is fixed.
-    """
+    """The section of report/PROTOCOL.md that fixes a study of evidence, and the commit that fixed it. ValueError unless
+    report/PROTOCOL.md says, now and at that commit, that the section is fixed."""
 
     section: str
     commit: str
@@ -197,11 +195,8 @@ class Profile(Settings):
         return known
 
     def scaling(self, method: str, searched: tuple[float, float, float] | None = None) -> Scaling:
-        """Return the method's coefficients (d, w, r), which multiply the baseline's. See `methods.parse_method`.
-
-        searched: alpha, beta, gamma of this profile's search. Matched methods have compound's FLOPs; methods such
-        as depth_x8 have a multiple of the baseline's. FLOPs are counted without `se_expanded`.
-        """
+        """Return the method's coefficients (d, w, r), which multiply the baseline's: see `methods.parse_method`. FLOPs
+        are counted without `se_expanded`. searched: alpha, beta, gamma of this profile's search."""
         parsed = parse_method(method)
         compound = compound_scaling(parsed.phi) if parsed.phi is not None else TABLE7["compound"]
         if parsed.times is None and not parsed.matched:

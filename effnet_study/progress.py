@@ -137,9 +137,8 @@ def _console() -> Console:
 
 def print_status(runs: Sequence[Run]) -> None:
     """Print the table of runs, and advice for each run that needs attention."""
-    print()
     console = _console()
-    console.print(status_table(runs, console))
+    console.print("", status_table(runs, console), sep="\n")
     for run in runs:
         if advice := _advice(run):
             print(advice, flush=True)
@@ -196,10 +195,7 @@ def watch(runs: Sequence[Run]) -> None:
 
 @contextlib.contextmanager
 def live(*runs: Run, seconds: float = 1.0) -> Iterator[Callable[[str], None] | None]:
-    """Show below a notebook's cell a bar and the table of runs while they train:
-
-        with live(run):
-            record = run.train(data)
+    """Show below a notebook's cell a bar and the table of runs, while the block trains them.
 
     It is HTML without widgets, so JupyterLab, VS Code, nbclient and papermill all show and save it. Nothing is shown
     outside notebooks, or when `effnet study` executes the notebook: there a line per epoch suffices. seconds: between

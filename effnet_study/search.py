@@ -18,10 +18,8 @@ from effnet_study.run import Run
 
 @dataclass(frozen=True)
 class Candidate(Run):
-    """A network of the search: the baseline scaled by `coefficients` (alpha, beta, gamma) at phi = 1.
-
-    It is scored on minival alone: what the record has under "test" is minival, too.
-    """
+    """A network of the search: the baseline scaled by `coefficients` (alpha, beta, gamma) at phi = 1. It is scored on
+    minival alone: what the record has under "test" is minival, too."""
 
     coefficients: tuple[float, float, float] = PUBLISHED
 

@@ -68,7 +68,7 @@ class Launcher:
         self._prepare(todo)
         with live_table([*self.runs, *candidates]):
             self._execute(self._executions(ready))
-            if candidates and self._search(candidates):
+            if candidates and self._execute([self._search_execution(candidates)]):
                 self._execute(self._executions(waiting))
             held = [run.run_dir for run in self.runs if run.state() == "running"]
             held += [place for place in [self.study_dir / "search"] if candidates and holder_of(place) is not None]
@@ -92,15 +92,12 @@ class Launcher:
         """Execute the search's notebook, which writes coefficients.json. Return whether it succeeded."""
         candidates = all_candidates(self.profile, self.results)
         refuse_stale(plan_runs(self.profile, self.results), candidates)
-        return self._search(candidates)
+        return self._execute([self._search_execution(candidates)])
 
     def submit(self, seconds: float) -> list:
-        """Hand the study over to Slurm, and return at once the submitted jobs of submitit.
-
-        One array job executes the notebooks of the runs, and 03 if there are coefficients to search for. Each element
-        has `seconds`; when they are up, it is queued again. A job after it, `study` on one node, trains what waited for
-        coefficients and does the analysis.
-        """
+        """Hand the study over to Slurm, and return the submitted jobs. One array job executes the notebooks of the runs
+        and of the search. Each element has `seconds`; when they are up, it is queued again. A job after it, `study` on
+        one node, trains what waited for coefficients and does the analysis."""
         ready, waiting, candidates = self._left_to_do()
         if not (ready or waiting or self._to_analyse):
             return []
@@ -167,10 +164,6 @@ class Launcher:
             return execute_on_ray(executions, self.jobs, self.threads, self.gpus, optional=optional, **options)
         jobs, threads, gpus = plan_workers(len(executions), self.profile, self.device, self.jobs, self.threads)
         return execute(executions, jobs, threads, gpus, **options)
-
-    def _search(self, candidates: Sequence[Candidate]) -> bool:
-        """Execute the search's notebook, which has the whole machine, and return whether it succeeded."""
-        return replace(self, jobs=1)._execute([self._search_execution(candidates)])
 
     def _analyse(self) -> bool:
         """Execute 00 and 05. RunLocked if another study executes them."""

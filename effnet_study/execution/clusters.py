@@ -93,11 +93,8 @@ def check_resources(machines: Sequence[Mapping], needed: Mapping[str, int]) -> N
 
 @dataclass(frozen=True)
 class SlurmTask:
-    """A task for submitit to call on a node.
-
-    Slurm warns a job before its time ends, and before a job of higher priority takes its place. Then the work stops
-    with a checkpoint, is queued again, and goes on from there.
-    """
+    """A task for submitit to call on a node. Slurm warns a job before its time ends, and before a job of higher
+    priority takes its place. Then the work stops with a checkpoint, is queued again, and continues from there."""
 
     work: Callable[..., bool]  # work(stop=FILE) returns whether all succeeded
     stop: Path

@@ -35,15 +35,12 @@ def plan_workers(
     count: int, profile: Profile, device: str | None, jobs: int | None = None, threads: int | None = None
 ) -> tuple[int, int | None, int]:
     """Return how many of `count` notebooks to execute here at a time, the CPU threads of each (None: torch's own), and
-    the GPUs of each.
-
-    There is one for each GPU, or for each group of the profile's `devices`. On a CPU there is one for each core, if
-    each has 4 GiB of memory: one thread in each of two processes does more than two threads in one.
-    """
+    the GPUs of each. There is one for each GPU, or for each group of the profile's `devices`. On a CPU there is one for
+    each core with 4 GiB of memory: one thread in each of two processes does more than two threads in one."""
     gpus, cores = gpu_count(device), torch.get_num_threads()
     processes = gpus_per_run(profile, gpus)
-    if jobs is None:
-        jobs = max(1, min(gpus // processes, count) if gpus else min(cores // processes, count, memory() // 2**32))
+    most = gpus // processes if gpus else min(cores // processes, memory() // 2**32)
+    jobs = max(1, min(jobs or most, count))
     if threads is None and (not gpus or jobs > 1):
         threads = max(1, cores // (jobs * processes))
     return jobs, threads, processes if gpus else 0
@@ -57,10 +54,8 @@ def gpus_per_run(profile: Profile, gpus: int) -> int:
 def execute(
     executions: Sequence[Execution], jobs: int, threads: int | None = None, gpus: int = 0, **options: object
 ) -> bool:
-    """Execute notebooks on this machine, `jobs` at a time, and return whether all succeeded. See `side_by_side`.
-
-    gpus: how many each has for itself if there are several jobs. threads and options: as in `run_notebook`.
-    """
+    """Execute notebooks on this machine, `jobs` at a time, and return whether all succeeded. gpus: how many each has
+    for itself if there are several jobs. threads and options: as in `run_notebook`."""
     free = queue.SimpleQueue()
     for environment in _environments(jobs, gpus):
         free.put(environment)
@@ -78,11 +73,8 @@ def execute(
 
 
 def side_by_side(call: Callable[[Execution], bool], executions: Sequence[Execution], jobs: int, stop: Path) -> bool:
-    """Execute notebooks by `call`, `jobs` at a time, and return whether all succeeded.
-
-    An interrupt of this process, or an error of a call such as Interrupted, creates the file `stop`. It is raised when
-    all calls that were under way have ended.
-    """
+    """Execute notebooks by `call`, `jobs` at a time, and return whether all succeeded. An interrupt of this process, or
+    an error of a call, creates the file `stop`, and is raised when all calls that were under way have ended."""
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(call, execution) for execution in executions]
         try:
@@ -105,10 +97,7 @@ def _environments(jobs: int, gpus: int) -> list[dict[str, str]]:
 
 def attempt(execution: Execution, *, stop: Path, deadline: float | None = None, **options: object) -> bool:
     """Execute a notebook and return whether it succeeded; print why not. Interrupted if there is no time to start it.
-
-    If its process is killed, it is attempted again, and the run continues from its checkpoint. It is not if a cell
-    fails, or if another process trains its run. options: as in `run_notebook`.
-    """
+    It is attempted again only if its process is killed: the run then continues from its checkpoint."""
     for left in reversed(range(RETRIES + 1)):
         if stop.exists() or time.time() + STARTING > (deadline or math.inf):
             raise Interrupted("too little time is left to start another notebook")
