@@ -23,8 +23,6 @@ from effnet_study import progress, speed, use
 from effnet_study import run as runs
 from effnet_study.analysis.recipes import load_pilots
 from effnet_study.coefficients import describe_search, load_coefficients
-from effnet_study.costs import network_costs
-from effnet_study.costs import plan as plan_study
 from effnet_study.data.decode import DamagedImages
 from effnet_study.data.inspect import describe_data, inspect_data, sample_grid
 from effnet_study.data.load import data_root, load_data
@@ -32,12 +30,13 @@ from effnet_study.data.sources import NAMES, DataSettings
 from effnet_study.execution.notebook import TRY_AGAIN
 from effnet_study.files import holder_of, print_any_text, write_json
 from effnet_study.machine import choose_device
-from effnet_study.methods import METHOD_NAMES, parse_method
+from effnet_study.methods import METHOD_NAMES, network_costs, parse_method
 from effnet_study.model_run import plan_model
 from effnet_study.pretrained import TORCHVISION_MODELS
 from effnet_study.profile import load_profile, read_yaml
 from effnet_study.search import all_candidates
 from effnet_study.study import Launcher
+from effnet_study.study import plan as plan_study
 
 BY_NAME = (*VARIANTS, *TORCHVISION_MODELS)
 app = typer.Typer(

@@ -12,16 +12,18 @@ import math
 import re
 from bisect import bisect_left
 from collections import Counter, namedtuple
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
 import effnet_lib as lib
-from effnet_lib import STAGES, TABLE7, Cost, EfficientNet, Scaling, compound_scaling, count_cost, unknown_name
+from effnet_lib import STAGES, TABLE7, VARIANTS, Cost, EfficientNet, Scaling, compound_scaling, count_cost, unknown_name
+from effnet_study.pretrained import TORCHVISION_MODELS, create_model
 
 # ---- 1. Names ------------------------------------------------------------------------------------------------------
 
@@ -235,3 +237,23 @@ def _part(path: str) -> str:
     if first == "stages":
         return f"stage {int(second) + 1}"
     return second if first == "features" else first
+
+
+def network_costs(names: Sequence[str], by_stage: bool = False) -> pd.DataFrame:
+    """Return a row for each network with ImageNet's classes: network, px, params, flops, activations.
+
+    names: b0 to b7, rows of Table 7, or names of TORCHVISION_MODELS. by_stage: a row for each part of a network too,
+    named in the column `part`; the last part is the total. ValueError for an unknown name.
+    """
+    rows, known = [], {**VARIANTS, **TABLE7, **dict.fromkeys(TORCHVISION_MODELS, Scaling())}
+    for name in names:
+        if name not in known:
+            raise unknown_name("network", name, known)
+        pixels = lib.round_resolution(known[name].resolution)
+        with torch.device("meta"):
+            model = create_model(name) if name in TORCHVISION_MODELS else EfficientNet(known[name])
+        parts = cost_by_stage(model, pixels) if by_stage else {}
+        parts["total"] = count_cost(model, pixels)
+        rows += [{"network": name, "px": pixels, "part": part, **vars(cost)} for part, cost in parts.items()]
+    table = pd.DataFrame(rows)
+    return table if by_stage else table.drop(columns="part")

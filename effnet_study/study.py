@@ -1,4 +1,4 @@
-"""A whole study: find the runs that are left, and execute their notebooks, the search and the analysis."""
+"""A whole study: find the runs that are left, execute their notebooks, the search and the analysis, or plan them."""
 
 import json
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from effnet_study.analysis.claims import verdict_lines
 from effnet_study.coefficients import COEFFICIENTS
@@ -22,6 +23,7 @@ from effnet_study.progress import live_table, print_status
 from effnet_study.record import read_record
 from effnet_study.run import Run, plan_runs
 from effnet_study.search import Candidate, all_candidates
+from effnet_study.speed import estimate_seconds
 
 
 @dataclass
@@ -198,3 +200,37 @@ def _findings(tables: Path) -> list[str]:
         return [f"{row.what} ({row.weights}): {row.difference:+.2f} points by {row.change}" for row in rows]
     path = tables / "verdict.json"
     return verdict_lines(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+
+
+def plan(
+    profile: Profile,
+    results: str | Path | None = None,
+    *,
+    device: str | None = None,
+    jobs: int | None = None,
+    threads: int | None = None,
+    seconds: float = 60,
+) -> tuple[pd.DataFrame, int]:
+    """Return the runs that are still to do, a row each (an image's flops and activations, and the run's seconds here),
+    and how many are trained at a time. `seconds` are spent on a few training steps of each method. Starting notebooks
+    and reading images are not included."""
+    todo = [run for run in plan_runs(profile, results) if run.is_to_do()]
+    runs = [run for run in todo if run.state() != "waiting"]
+    if len(runs) < len(todo):
+        print(f"Skipped until the search has run: {len(todo) - len(runs)}; {todo[0].command('search')}")
+    if runs:
+        data = load_data(**profile.data.given(), download=False)
+    jobs, threads, _ = plan_workers(len(runs), profile, device, jobs, threads)
+    one_of_each, times, cores = {run.method: run for run in reversed(runs)}, {}, torch.get_num_threads()
+    torch.set_num_threads(threads or cores)
+    for method, run in one_of_each.items():
+        print(f"measuring {method} at {run.config.resolution} px", flush=True)
+        model, budget = run.model(len(data.classes)), seconds / len(one_of_each)
+        times[method] = estimate_seconds(model, data, run.config, choose_device(device), budget)
+    torch.set_num_threads(cores)
+    rows = [
+        {"method": run.method, "seed": run.seed, "status": run.state(), "px": run.config.resolution}
+        | {"flops": run.cost.flops, "activations": run.cost.activations, "seconds": times[run.method]}
+        for run in runs
+    ]
+    return pd.DataFrame(rows), jobs

@@ -18,7 +18,6 @@ from effnet_study import run as runs_module
 from effnet_study.analysis.recipes import load_pilots
 from effnet_study.cli import main
 from effnet_study.coefficients import made_by
-from effnet_study.costs import plan
 from effnet_study.data.load import load_data
 from effnet_study.execution import local
 from effnet_study.execution.local import plan_workers
@@ -28,6 +27,7 @@ from effnet_study.methods import parse_method
 from effnet_study.profile import load_profile, profile_names
 from effnet_study.record import read_record
 from effnet_study.run import Run, load_runs, plan_runs
+from effnet_study.study import plan
 
 # ---- profiles
 
