@@ -73,7 +73,8 @@ class Launcher:
             if candidates and self._execute([self._search_execution(candidates)]):
                 self._execute(self._executions(waiting))
             held = [run.run_dir for run in self.runs if run.state() == "running"]
-            held += [place for place in [self.study_dir / "search"] if candidates and holder_of(place) is not None]
+            if candidates and holder_of(self.study_dir / "search") is not None:
+                held.append(self.study_dir / "search")
             finished = [run for run in self.runs if run.state() == "finished"]
             analysed = True
             if finished and not held and self._to_analyse:
