@@ -6,7 +6,7 @@ from effnet_study.files import NOTEBOOKS, RESULTS, load_history, save_figure, sa
 from effnet_study.machine import choose_device, device_name
 from effnet_study.methods import COLORS, color
 from effnet_study.profile import load_profile
-from effnet_study.progress import Live
+from effnet_study.progress import live
 from effnet_study.record import read_record
 from effnet_study.run import Run, load_runs
 from effnet_study.search import plan_search
@@ -18,12 +18,12 @@ __all__ = [
     "NOTEBOOKS",
     "RESULTS",
     "STYLE",
-    "Live",
     "Run",
     "check_notebook",
     "choose_device",
     "color",
     "device_name",
+    "live",
     "load_data",
     "load_history",
     "load_profile",

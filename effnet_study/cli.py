@@ -1,16 +1,17 @@
 """The `effnet` command: one function per command. Its docstring is the help; it returns the exit status or None.
 
-TO ADD A COMMAND, write such a function, and a row in docs/command-line.md. Typer takes one value for each option: name
-one that takes several in `repeat_options`.
+TO ADD A COMMAND, write such a function, and a row in docs/command-line.md.
 """
 
-import importlib.util
+import importlib
 import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,24 +23,20 @@ from effnet_study import progress, speed, use
 from effnet_study import run as runs
 from effnet_study.analysis.recipes import load_pilots
 from effnet_study.coefficients import describe_search, load_coefficients
-from effnet_study.costs import method_costs, network_costs
 from effnet_study.data.decode import DamagedImages
 from effnet_study.data.inspect import describe_data, inspect_data, sample_grid
 from effnet_study.data.load import data_root, load_data
 from effnet_study.data.sources import NAMES, DataSettings
 from effnet_study.execution.notebook import TRY_AGAIN
-from effnet_study.files import print_any_text, write_json
+from effnet_study.files import holder_of, print_any_text, write_json
 from effnet_study.machine import choose_device
-from effnet_study.methods import METHOD_NAMES, is_method
+from effnet_study.methods import METHOD_NAMES, network_costs, parse_method
 from effnet_study.model_run import plan_model
-from effnet_study.pilot import pilot as train_pilot
-from effnet_study.plan import plan as plan_study
-from effnet_study.plan import print_plan
 from effnet_study.pretrained import TORCHVISION_MODELS
 from effnet_study.profile import load_profile, read_yaml
-from effnet_study.rerun import rerun as rerun_record
-from effnet_study.search import all_candidates, search_holder
+from effnet_study.search import all_candidates
 from effnet_study.study import Launcher
+from effnet_study.study import plan as plan_study
 
 BY_NAME = (*VARIANTS, *TORCHVISION_MODELS)
 app = typer.Typer(
@@ -72,6 +69,11 @@ def settings(words: Iterable[str]) -> dict[str, object]:
     return read
 
 
+def check_tensorboard(wanted: bool) -> bool:
+    """Raise ModuleNotFoundError if event files are requested but TensorBoard is not installed."""
+    return wanted and bool(importlib.import_module("tensorboard"))
+
+
 # ---- 1. Arguments and options --------------------------------------------------------------------------------------
 
 
@@ -85,13 +87,13 @@ def _argument(metavar: str, text: str | None = None):
 
 stopping = f"such as 9m: stop in time, with checkpoints and exit status {TRY_AGAIN}; the same command continues"
 trained = "a finished run's folder, or the name of a network, with its ImageNet weights"
-held_out = "shares that are held out of the training images, such as minival=0.2 test=0.3"
+chosen = "settings of the data set, such as size=32, classes=10, or for a folder minival=0.2 test=0.3"
 trying = "settings of the recipe, such as lr=0.05, base_resolution=48, or 'baseline={depth: 1, width: 0.35}'"
 
 Name = Annotated[str, _argument("PROFILE", "a name in notebooks/profiles, or a .yaml file")]
 Record = Annotated[str, _argument("RECORD", "a run.json")]
 Changes = Annotated[list[str] | None, _argument("NAME=VALUE", trying)]
-Choice = Annotated[list[str] | None, _argument("NAME=VALUE", held_out)]
+Choice = Annotated[list[str] | None, _argument("NAME=VALUE", chosen)]
 Trained = Annotated[str, _argument("RUN", trained)]
 Files = Annotated[list[str], _argument("IMAGE")]
 Variant = Annotated[str, _argument("MODEL", ", ".join(BY_NAME))]
@@ -103,36 +105,27 @@ Device = Annotated[str | None, _option("cpu or cuda (default: a GPU if there is 
 Retry = Annotated[bool, _option("train again what failed or diverged")]
 Jobs = Annotated[int | None, _option("notebooks at a time (default: one per GPU, on a CPU one per core)", "N", min=1)]
 Threads = Annotated[int | None, _option("CPU threads of each notebook (default: the cores, shared)", "N", min=1)]
-Tensorboard = Annotated[bool, _option("write event files for TensorBoard too, in tensorboard/ of each run's folder")]
+Tensorboard = Annotated[bool, _option("write event files for TensorBoard too", callback=check_tensorboard)]
 Budget = Annotated[float | None, _option(stopping, "TIME", parser=duration)]
 Watch = Annotated[bool, _option("update the table until all runs have ended")]
 Rounds = Annotated[int, _option("rounds of measurements of 06_throughput (default: 15)", "N", min=1)]
 Models = Annotated[bool, _option("instead: cost and speed of b0 to b7 and other networks")]
 Seed = Annotated[int, _option("of the run (default: 0)", "N")]
 Root = Annotated[str | None, _option("where data lies (default: $EFFNET_DATA, else ./data)", "DIR")]
-Size = Annotated[int | None, _option("pixels of a side at which images are stored (default: the data set's own)", "N")]
-Classes = Annotated[int | None, _option("only the first so many classes", "N")]
 Report = Annotated[Path | None, _option("for NAME.json and NAME.png, a grid (default: reports/ in there)", "DIR")]
 Top = Annotated[int, _option("how many classes (default: 5)", "N")]
 Output = Annotated[str | None, _option("NAME.onnx or NAME.pt2 (default: model.onnx in the run's folder)", "FILE")]
 Limit = Annotated[int | None, _option("only so many, drawn at random (default: all 50,000)", "N")]
 
 
-def deadline_of(budget: float | None, alarm: bool = False) -> float | None:
-    """Return the Unix time at which a time budget ends. alarm: interrupt this process then, whatever it does: a
-    compiler, for example, does not look at the clock."""
+def deadline_of(budget: float | None) -> float | None:
+    """Return the Unix time at which a time budget ends. At the latest then this process is interrupted, whatever it
+    does: a compiler, for example, does not look at the clock."""
     if budget is None:
         return None
-    if alarm:
-        signal.signal(signal.SIGALRM, _interrupt)
-        signal.setitimer(signal.ITIMER_REAL, budget)
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, budget)
     return time.time() + budget
-
-
-def check_tensorboard(wanted: bool) -> None:
-    """Raise ValueError if event files are requested but TensorBoard is not installed."""
-    if wanted and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("TensorBoard is not installed; pip install 'effnet-study[tensorboard]'")
 
 
 # ---- 2. A study ----------------------------------------------------------------------------------------------------
@@ -159,24 +152,18 @@ def study(
     time_budget: Budget = None,
 ):
     """Execute all notebooks of a profile."""
-    check_tensorboard(tensorboard)
-    loaded, asked = load_profile(profile), {"methods": methods, "seeds": seeds, "retry": retry, "analysis": analysis}
-    how = {"device": device, "jobs": jobs, "threads": threads, "tensorboard": tensorboard}
+    asked = {"methods": methods, "seeds": seeds, "retry": retry, "analysis": analysis, "tensorboard": tensorboard}
+    launcher = Launcher(load_profile(profile), results, **asked, device=device, jobs=jobs, threads=threads)
     if executor != "slurm":
-        deadline = deadline_of(time_budget, alarm=True)
-        return Launcher(loaded, results, **asked, **how, executor=executor, deadline=deadline).study()
-    submitted = Launcher(loaded, results, **asked, **how).submit(time_budget or 3600)
-    last = f"; the last one, {submitted[-1].job_id}, waits for the others" if len(submitted) > 1 else ""
-    how_far = loaded.command("status", results)
-    print(f"submitted {len(submitted)} jobs{last}; how far they are: {how_far} --watch")
+        return replace(launcher, executor=executor, deadline=deadline_of(time_budget)).study()
+    submitted = launcher.submit(time_budget or 3600)
+    print(f"submitted {len(submitted)} jobs: {', '.join(job.job_id for job in submitted)}; how far they are: ", end="")
+    print(f"{launcher.profile.command('status', results)} --watch")
 
 
 @app.command()
 def status(profile: Name, results: Results = None, watch: Watch = False):
-    """List a profile's runs with state, epochs, scores and time left.
-
-    The states are finished, running, interrupted, failed, diverged, stale, damaged, missing, and waiting for a search.
-    """
+    """List a profile's runs with state, epochs, scores and time left."""
     (progress.watch if watch else progress.print_status)(runs.plan_runs(load_profile(profile), results))
 
 
@@ -191,7 +178,16 @@ def plan(
 ):
     """List the runs left to do, with their cost and time here."""
     place = {"device": device, "jobs": jobs, "threads": threads}
-    print_plan(*plan_study(load_profile(profile), results, **place, seconds=seconds))
+    table, jobs = plan_study(load_profile(profile), results, **place, seconds=seconds)
+    if table.empty:
+        print("Nothing left to run: all runs that can start have ended.")
+        return
+    numbers = {"flops": lambda count: f"{count / 1e6:,.1f}", "activations": lambda count: f"{count / 1e6:.3f}"}
+    numbers["seconds"] = lambda seconds: str(timedelta(seconds=round(seconds)))
+    header = ["method", "seed", "status", "px", "FLOPs (M)", "activations (M)", "time"]
+    print(table.to_string(index=False, header=header, formatters=numbers))
+    total, together = (timedelta(seconds=round(table["seconds"].sum() / many)) for many in (1, jobs))
+    print(f"{len(table)} runs, {total} one after the other, about {together} at {jobs} at a time", flush=True)
 
 
 @app.command()
@@ -204,12 +200,12 @@ def search(
     time_budget: Budget = None,
 ):
     """Search for alpha, beta and gamma on the profile's baseline."""
-    loaded, deadline = load_profile(profile), deadline_of(time_budget, alarm=True)
+    loaded, deadline = load_profile(profile), deadline_of(time_budget)
     candidates = all_candidates(loaded, results)
     with progress.live_table(candidates):
         done = Launcher(loaded, results, device=device, threads=threads, retry=retry, deadline=deadline).search()
     if not done:
-        return 1 if search_holder(candidates[0].study_dir) is None else TRY_AGAIN
+        return 1 if holder_of(candidates[0].study_dir / "search") is None else TRY_AGAIN
     found = load_coefficients(loaded, candidates[0].study_dir)
     print(f"{describe_search(found)} ({found['stamp']})")
 
@@ -240,23 +236,23 @@ def train(
     device: Device = None,
 ):
     """Train one run of a profile, or a network by name."""
-    check_tensorboard(tensorboard)
-    deadline, asked = deadline_of(time_budget), [word for word in words or () if "=" in word]
-    changes = settings([*asked, *["pretrained=true"] * pretrained, *["freeze=true"] * freeze])
-    named = [word for word in words or () if "=" not in word] + [word for word in (dataset, model) if word]
+    deadline, given = deadline_of(time_budget), words or []
+    given += ["pretrained=true"] * pretrained + ["freeze=true"] * freeze
+    changes = settings(word for word in given if "=" in word)
+    named = [word for word in given if "=" not in word] + [word for word in (dataset, model) if word]
     if len(named) != 2:
-        raise ValueError(
-            "train: expected PROFILE METHOD, or --model NAME --dataset NAME, which mean the same; give one of them, "
-            f"got {' '.join(named)!r}"
-        )
+        ways = "PROFILE METHOD, or --model NAME --dataset NAME, which mean the same; give one of them"
+        raise ValueError(f"train: expected {ways}, got {' '.join(named)!r}")
     dataset, name = named
     if name in BY_NAME:
         run = plan_model(name, dataset, results, seed=seed, pixels=resolution, changes=changes)
-    elif changes or resolution is not None:
-        raise ValueError(f"train: {name} is a method and has its profile's recipe; copy the profile to change it")
-    elif not is_method(name):
-        raise unknown_name("method or model", name, [*METHOD_NAMES, *BY_NAME])
     else:
+        try:
+            parse_method(name)
+        except ValueError:
+            raise unknown_name("method or model", name, [*METHOD_NAMES, *BY_NAME]) from None
+        if changes or resolution is not None:
+            raise ValueError(f"train: {name} is a method and has its profile's recipe; copy the profile to change it")
         run = runs.Run.plan(dataset, name, seed, results)
     run.train(load_data(**run.profile.data.given()), device, deadline, tensorboard or None)
     if os.environ.get("RANK", "0") == "0":  # the first process under torchrun
@@ -267,62 +263,39 @@ def train(
 def pilot(profile: Name, changes: Changes = None, results: Results = None, seed: Seed = 0, device: Device = None):
     """Score changed settings of the recipe on minival."""
     loaded = load_profile(profile)
-    train_pilot(loaded, settings(changes or ()), results, device, seed)
+    runs.pilot(loaded, settings(changes or ()), results, device, seed)
     print(load_pilots(loaded, results).to_string(index=False, na_rep="-"))
 
 
 @app.command()
 def rerun(record: Record, results: Again = Path("rerun"), device: Device = None):
     """Train again what a run.json describes, and compare."""
-    print(rerun_record(record, results, device).to_string(na_rep="-"))
+    print(runs.rerun(record, results, device).to_string(na_rep="-"))
 
 
 # ---- 4. Networks and data ------------------------------------------------------------------------------------------
 
 counted = "b0 to b7, a Table 7 row such as compound, or resnet50, resnet152, densenet201"
-methods_of = "count this profile's methods (NETWORK: some of them), at its baseline, pixels and classes"
 
 
 @app.command()
 def cost(
-    networks: Annotated[list[str] | None, _argument("NETWORK", counted)] = None,
-    profile: Annotated[str | None, _option(methods_of)] = None,
+    networks: Annotated[list[str], _argument("NETWORK", counted)],
     by_stage: Annotated[bool, _option("a row for each part, and their sum")] = False,
-    resolution: Annotated[int, _option("pixels at resolution coefficient 1 (default: 224)")] = 224,
-    classes: int = 1000,
-    stem_stride: Literal[1, 2] = 2,
 ):
     """Count parameters, FLOPs (multiply-adds) and activations."""
     numbers = dict.fromkeys(["params", "flops", "activations"], "{:,}".format)
-    if profile:
-        loaded = load_profile(profile)
-        baseline = f"B0 at depth {loaded.baseline.depth:g}, width {loaded.baseline.width:g}"
-        print(f"{loaded.title}: baseline = {baseline}, {loaded.base_resolution} px; d, w, r multiply it")
-        numbers |= dict.fromkeys([*"dwr", "x baseline", "x compound"], "{:.2f}".format)
-        table = method_costs(loaded, networks)
-    elif networks:
-        table = network_costs(networks, resolution, classes, stem_stride, by_stage)
-    else:
-        raise ValueError(f"cost: expected NETWORK ({counted}) or --profile NAME")
-    print(table.to_string(index=False, formatters=numbers))
+    print(network_costs(networks, by_stage).to_string(index=False, formatters=numbers))
 
 
 @app.command()
-def data(
-    name: Images,
-    changes: Choice = None,
-    root: Root = None,
-    size: Size = None,
-    classes: Classes = None,
-    output: Report = None,
-):
+def data(name: Images, changes: Choice = None, root: Root = None, output: Report = None):
     """Fetch, check and describe a data set.
 
     The exit status is 2 if images are damaged.
     """
     try:
-        chosen = DataSettings(**{"name": name, "size": size, "classes": classes, **settings(changes or ())})
-        loaded = load_data(root=root, **chosen.given())
+        loaded = load_data(root=root, **DataSettings(name=name, **settings(changes or ())).given())
     except DamagedImages as error:
         print("\n".join(f"{path}: {reason}" for path, reason in error.files))
         print(f"{len(error.files)} damaged; repair or remove what is named above")
@@ -404,8 +377,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return command.invoke(context) or 0
     except typer.Exit as end:  # after --help
         return end.exit_code
-    except (ValueError, OSError, RuntimeError, typer.exceptions.TyperException) as error:
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError, typer.exceptions.TyperException) as error:
         words = error.format_message() if isinstance(error, typer.exceptions.TyperException) else str(error)
+        if isinstance(error, ModuleNotFoundError):
+            words += "; extras: pip install 'effnet-study[ray,slurm,tensorboard]'"
         print(f"effnet: {words.replace('Value error, ', '')}", file=sys.stderr)  # pydantic's, in an option's error
         return 2
     except KeyboardInterrupt as error:

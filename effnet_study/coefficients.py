@@ -26,8 +26,7 @@ def load_coefficients(profile: Profile, study_dir: Path) -> dict | None:
 
 
 def searched_coefficients(profile: Profile, study_dir: Path) -> tuple[float, float, float] | None:
-    """Return alpha, beta, gamma that the profile's search found. None if no search was made with the present settings;
-    ValueError if the file is damaged."""
+    """Return alpha, beta, gamma that the profile's search found. None if none was made with the present settings."""
     found = load_coefficients(profile, study_dir) if profile.search is not None else None
     if found is None or found.get("made_by") != made_by(profile):
         return None

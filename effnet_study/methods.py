@@ -12,31 +12,18 @@ import math
 import re
 from bisect import bisect_left
 from collections import Counter, namedtuple
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from effnet_lib import (
-    HEAD_CHANNELS,
-    STAGES,
-    STEM_CHANNELS,
-    TABLE7,
-    Cost,
-    EfficientNet,
-    MBConv,
-    Scaling,
-    compound_scaling,
-    count_cost,
-    round_filters,
-    round_repeats,
-    round_resolution,
-    unknown_name,
-)
+import effnet_lib as lib
+from effnet_lib import STAGES, TABLE7, VARIANTS, Cost, EfficientNet, Scaling, compound_scaling, count_cost, unknown_name
+from effnet_study.pretrained import TORCHVISION_MODELS, create_model
 
 # ---- 1. Names ------------------------------------------------------------------------------------------------------
 
@@ -86,18 +73,13 @@ def parse_method(name: str) -> Method:
     depth, width, resolution, compound: the paper's rows. depth_matched, fast_compound, compound_searched and so on:
     matched to compound's FLOPs. compound_phi3.0: Equation 3 at another phi. depth_x8: 8 times the baseline's FLOPs.
     """
-    if not is_method(name):
-        raise unknown_name("method", name, METHOD_NAMES)
     phi, times = PHI.fullmatch(name), TIMES.fullmatch(name)
+    if not (name in TRAINED_BY or phi or times):
+        raise unknown_name("method", name, METHOD_NAMES)
     base = (phi or times)[1] if phi or times else name
     way = base.removesuffix("_matched").removesuffix("_searched")
     matched = times is None and (way != base or way == "fast_compound")
     return Method(base, way, matched, float(phi[2]) if phi else None, float(times[2]) if times else None)
-
-
-def is_method(name: str) -> bool:
-    """Tell whether there is a method of this name."""
-    return name in TRAINED_BY or any(pattern.fullmatch(name) for pattern in (PHI, TIMES))
 
 
 def base_method(name: str) -> str:
@@ -106,7 +88,6 @@ def base_method(name: str) -> str:
 
 
 def color(method: str) -> str:
-    """Return the method's colour."""
     return COLORS[base_method(method)]
 
 
@@ -164,10 +145,8 @@ def match_flops(
 
     way: depth, width, resolution, compound (phi at `coefficients` alpha, beta, gamma), or fast_compound (Dollar, Singh
     and Girshick, CVPR 2021, arXiv 2103.06877): of a growth s of FLOPs, depth gets s^0.1, width s^0.4 and resolution
-    s^0.05, so that activations grow by about s^0.6 alone. The scaling found multiplies `baseline`.
-
-    Depth, width, phi and s are searched in steps of 0.01, resolution in pixels. Layers, channels and feature maps are
-    whole numbers, so FLOPs jump: look at the residual before you call two methods equal.
+    s^0.05, so that activations grow by about s^0.6 alone. Depth, width, phi and s are searched in steps of 0.01,
+    resolution in pixels. The scaling found multiplies `baseline`. Look at its residual before you call two equal.
     """
     if way == "compound" and max(coefficients) == 1:
         raise ValueError(f"coefficients: expected one above 1, or FLOPs never grow; got {coefficients!r}")
@@ -178,8 +157,6 @@ def match_flops(
         "compound": lambda i: compound_scaling(i / 100, *coefficients),
         "fast_compound": lambda i: Scaling(*((1 + i / 100) ** share for share in (0.1, 0.4, 0.05))),
     }
-    if way not in candidates:
-        raise unknown_name("method to match", way, candidates)
 
     def flops(i: int) -> int:
         return scaled_cost(candidates[way](i) * baseline, base_resolution, num_classes, stem_stride).flops
@@ -199,11 +176,11 @@ def match_flops(
 
 def rounded_network(scaling: Scaling, base_resolution: int) -> tuple:
     """Return pixels, layers of each stage and channels of B0 scaled by `scaling`, after rounding."""
-    channels = (STEM_CHANNELS, *(stage.channels for stage in STAGES), HEAD_CHANNELS)
+    channels = (lib.STEM_CHANNELS, *(stage.channels for stage in STAGES), lib.HEAD_CHANNELS)
     return (
-        round_resolution(scaling.resolution, base_resolution),
-        tuple(round_repeats(stage.layers, scaling.depth) for stage in STAGES),
-        tuple(round_filters(c, scaling.width) for c in channels),
+        lib.round_resolution(scaling.resolution, base_resolution),
+        tuple(lib.round_repeats(stage.layers, scaling.depth) for stage in STAGES),
+        tuple(lib.round_filters(c, scaling.width) for c in channels),
     )
 
 
@@ -216,10 +193,9 @@ def scaled_cost(
 ) -> Cost:
     """Count the cost of B0 scaled by `scaling`, at its own resolution. The same numbers as `count_cost`, in less time
     for deep networks: a stage's layers after the first all cost the same."""
-    pixels = round_resolution(scaling.resolution, base_resolution)
-    further = [round_repeats(stage.layers, scaling.depth) - 1 for stage in STAGES]
+    pixels, layers, _ = rounded_network(scaling, base_resolution)
     costs = _layer_costs(scaling.width, pixels, num_classes, stem_stride, se_expanded)
-    return Cost(*(np.array([1, *further]) @ costs).tolist())
+    return Cost(*(np.array([1, *(count - 1 for count in layers)]) @ costs).tolist())
 
 
 @cache
@@ -229,27 +205,29 @@ def _layer_costs(width: float, pixels: int, num_classes: int, stem_stride: int, 
         model = EfficientNet(Scaling(1e-6, width), num_classes, stem_stride=stem_stride, se_expanded=se_expanded)
         costs, side = [count_cost(model, pixels)], math.ceil(pixels / stem_stride)
         for stage in STAGES:
-            side, channels = math.ceil(side / stage.stride), round_filters(stage.channels, width)
-            layer = MBConv(channels, channels, stage.expand, stage.kernel, 1, 0.0, se_expanded)
+            side, channels = math.ceil(side / stage.stride), lib.round_filters(stage.channels, width)
+            layer = lib.MBConv(channels, channels, stage.expand, stage.kernel, 1, 0.0, se_expanded)
             costs.append(count_cost(layer, side, channels))
     return np.array([dataclasses.astuple(cost) for cost in costs])
 
 
 def cost_by_stage(model: nn.Module, resolution: int) -> dict[str, Cost]:
-    """Count the cost of each part of `model`. The parts add up to `count_cost`. An EfficientNet has stem, stage 1 to
-    stage 7, head and classifier, other networks their own parts."""
-    model, root = copy.deepcopy(model).to("meta").eval(), type(model).__name__
+    """Count the cost of each part of `model`: stem, stage 1 to stage 7, head and classifier of an EfficientNet. They
+    add up to `count_cost`."""
+    model = copy.deepcopy(model).to("meta").eval()
     params, flops, activations = Counter(), Counter(), Counter()
     for path, values in model.named_parameters():
         params[_part(path)] += values.numel()
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    for path, layer in layers.items():
-        layer.register_forward_hook(lambda _, inputs, out, path=path: activations.update({_part(path): out.numel()}))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+
+    def count(layer: nn.Module, path: str, output: torch.Tensor) -> None:
+        flops[_part(path)] += output.numel() * layer.weight[0].numel()
+        activations[_part(path)] += output.numel()
+
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(lambda layer, inputs, output, path=path: count(layer, path, output))
+    with torch.no_grad():
         model(torch.empty(1, 3, resolution, resolution, device="meta"))
-    counts = counter.get_flop_counts()
-    for path in layers:
-        flops[_part(path)] += sum(counts[f"{root}.{path}"].values()) // 2  # torch counts a multiply-add as two
     return {part: Cost(params[part], flops[part], activations[part]) for part in params}
 
 
@@ -259,3 +237,23 @@ def _part(path: str) -> str:
     if first == "stages":
         return f"stage {int(second) + 1}"
     return second if first == "features" else first
+
+
+def network_costs(names: Sequence[str], by_stage: bool = False) -> pd.DataFrame:
+    """Return a row for each network with ImageNet's classes: network, px, params, flops, activations.
+
+    names: b0 to b7, rows of Table 7, or names of TORCHVISION_MODELS. by_stage: a row for each part of a network too,
+    named in the column `part`; the last part is the total. ValueError for an unknown name.
+    """
+    rows, known = [], {**VARIANTS, **TABLE7, **dict.fromkeys(TORCHVISION_MODELS, Scaling())}
+    for name in names:
+        if name not in known:
+            raise unknown_name("network", name, known)
+        pixels = lib.round_resolution(known[name].resolution)
+        with torch.device("meta"):
+            model = create_model(name) if name in TORCHVISION_MODELS else EfficientNet(known[name])
+        parts = cost_by_stage(model, pixels) if by_stage else {}
+        parts["total"] = count_cost(model, pixels)
+        rows += [{"network": name, "px": pixels, "part": part, **vars(cost)} for part, cost in parts.items()]
+    table = pd.DataFrame(rows)
+    return table if by_stage else table.drop(columns="part")

@@ -5,6 +5,7 @@ import re
 import reprlib
 import shlex
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,17 +14,9 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict,
 
 from effnet_lib import TABLE7, Cost, Positive, Scaling, Seed, Settings, TrainConfig, compound_scaling, unknown_name
 from effnet_study.data.sources import CLASS_COUNTS, DataSettings
-from effnet_study.files import NOTEBOOKS, RESULTS
-from effnet_study.methods import (
-    PUBLISHED,
-    base_method,
-    coefficient_grid,
-    match_flops,
-    parse_method,
-    rounded_network,
-    scaled_cost,
-)
-from effnet_study.protocol import Protocol
+from effnet_study.files import NOTEBOOKS, RESULTS, ROOT
+from effnet_study.machine import git
+from effnet_study.methods import PUBLISHED, coefficient_grid, match_flops, parse_method, rounded_network, scaled_cost
 
 PURPOSES = {
     "check": "pipeline check, not evidence",
@@ -61,7 +54,7 @@ def _read_groups(methods: object) -> object:
 
 
 def _read_baseline(value: object) -> Scaling:
-    return value if isinstance(value, Scaling) else Scaling(**dict(Baseline.model_validate(_with_names(value))))
+    return value if isinstance(value, Scaling) else Scaling(**dict(Baseline.model_validate(value)))
 
 
 def _check_recipe(train: Mapping[str, object]) -> None:
@@ -97,6 +90,46 @@ class Search(Settings):
         return self
 
 
+class Protocol(Settings):
+    """The section of report/PROTOCOL.md that fixes a study of evidence, and the commit that fixed it. ValueError unless
+    report/PROTOCOL.md says, now and at that commit, that the section is fixed."""
+
+    section: str
+    commit: str
+
+    @model_validator(mode="after")
+    def _check(self) -> "Protocol":
+        place = "report/PROTOCOL.md"
+        for commit, where in ((None, place), (self.commit, f"{place} of commit {self.commit}")):
+            text = protocol_text(commit)
+            if text is None:
+                raise ValueError(f"{where} is not in this repository; name the commit that fixed {self.section!r}")
+            found = re.search(rf"^## Study `{re.escape(self.section)}`\n+(.*)", text, re.MULTILINE)
+            if found is None:
+                raise ValueError(f"{where} has no section '## Study `{self.section}`'")
+            if not found[1].startswith("*Fixed"):
+                raise ValueError(f"{where} does not say that {self.section!r} is fixed (*Fixed ...*): {found[1]!r}")
+        return self
+
+
+@cache
+def protocol_text(commit: str | None) -> str | None:
+    """Read report/PROTOCOL.md as it is now, or at a commit. None if it is not there. Without Git, or in a shallow clone
+    that lacks the commit, the present text serves for both."""
+    path = ROOT / "report" / "PROTOCOL.md"
+    now = path.read_text(encoding="utf-8") if path.exists() else None
+    if commit is None:
+        return now
+    try:
+        shown = git("show", f"{commit}:report/PROTOCOL.md", root=ROOT)
+        shallow = git("rev-parse", "--is-shallow-repository", root=ROOT).stdout.strip() != "false"
+    except FileNotFoundError:  # no git
+        return now
+    if shown.returncode != 0:
+        return now if shallow else None
+    return shown.stdout
+
+
 class Profile(Settings):
     """One study. `load_profile` makes it from a file."""
 
@@ -127,21 +160,18 @@ class Profile(Settings):
             raise ValueError(f"devices: expected auto, or a whole number of at least 1, got {self.devices!r}")
         with _naming("train"):
             _check_recipe(self.train)
-        for method in self.methods:
-            if base_method(method) == "compound_searched" and self.search is None:
-                raise ValueError(f"methods: {method} needs a search for its coefficients; add search: {{step: 0.1}}")
+        if "compound_searched" in [parse_method(method).base for method in self.methods] and self.search is None:
+            raise ValueError("methods: compound_searched needs a search for its coefficients; add search: {step: 0.1}")
         if self.search is not None:
             with _naming("search: train"):
                 _check_recipe(self.train | self.search.train)
                 if (self.train | self.search.train).get("pretrained"):
                     raise ValueError("most candidates have no pretrained weights; set pretrained: false")
-        if self.purpose == "evidence" and self.protocol is None:
+        if (self.purpose == "evidence") != (self.protocol is not None):
             raise ValueError(
                 "purpose: evidence needs protocol: {section: NAME, commit: HASH}, the section of report/PROTOCOL.md "
-                "that fixes this study; until there is one, use purpose: exploratory"
+                f"that fixes this study, and no other purpose has one; got {self.purpose!r}"
             )
-        if self.purpose != "evidence" and self.protocol is not None:
-            raise ValueError(f"protocol: belongs to purpose: evidence; the purpose is {self.purpose!r}, so remove it")
         return self
 
     def config(self, **changes: object) -> TrainConfig:
@@ -165,28 +195,17 @@ class Profile(Settings):
         return known
 
     def scaling(self, method: str, searched: tuple[float, float, float] | None = None) -> Scaling:
-        """Return the method's coefficients (d, w, r), which multiply the baseline's. See `methods.parse_method`.
-
-        searched: alpha, beta, gamma of this profile's search. Matched methods have compound's FLOPs; methods such
-        as depth_x8 have a multiple of the baseline's. FLOPs are counted without `se_expanded`. ValueError if the
-        network equals the baseline after rounding.
-        """
+        """Return the method's coefficients (d, w, r), which multiply the baseline's: see `methods.parse_method`. FLOPs
+        are counted without `se_expanded`. searched: alpha, beta, gamma of this profile's search."""
         parsed = parse_method(method)
         compound = compound_scaling(parsed.phi) if parsed.phi is not None else TABLE7["compound"]
         if parsed.times is None and not parsed.matched:
-            scaling = compound if parsed.way == "compound" else TABLE7[parsed.way]
-        else:
-            here = (self.base_resolution, self.num_classes, self.stem_stride)
-            target, times = (compound, 1) if parsed.times is None else (Scaling(), parsed.times)
-            flops = round(times * scaled_cost(target * self.baseline, *here).flops)
-            coefficients = searched if parsed.base == "compound_searched" else PUBLISHED
-            scaling = match_flops(parsed.way, flops, *here, coefficients=coefficients, baseline=self.baseline).scaling
-        if parsed.base != "baseline" and self.network(scaling) == self.network(Scaling()):
-            raise ValueError(
-                f"{method}: by rounding its network is the baseline's own ({scaling}); give it larger coefficients, or "
-                "leave it out"
-            )
-        return scaling
+            return compound if parsed.way == "compound" else TABLE7[parsed.way]
+        here = (self.base_resolution, self.num_classes, self.stem_stride)
+        target, times = (compound, 1) if parsed.times is None else (Scaling(), parsed.times)
+        flops = round(times * scaled_cost(target * self.baseline, *here).flops)
+        coefficients = searched if parsed.base == "compound_searched" else PUBLISHED
+        return match_flops(parsed.way, flops, *here, coefficients=coefficients, baseline=self.baseline).scaling
 
     def network(self, scaling: Scaling) -> tuple:
         """Return pixels, layers of each stage and channels of the scaled baseline, after rounding."""
@@ -194,9 +213,8 @@ class Profile(Settings):
 
     def cost(self, scaling: Scaling) -> Cost:
         """Count parameters, FLOPs and activations of the scaled baseline, with this study's settings."""
-        se_expanded = self.train.get("se_expanded", False)
-        here = (self.base_resolution, self.num_classes, self.stem_stride, se_expanded)
-        return scaled_cost(scaling * self.baseline, *here)
+        here = (self.base_resolution, self.num_classes, self.stem_stride)
+        return scaled_cost(scaling * self.baseline, *here, self.train.get("se_expanded", False))
 
     def command(self, words: str, results: str | Path | None = None) -> str:
         """Return the shell command `effnet WORDS PROFILE`, with --results if results lie elsewhere."""
@@ -210,15 +228,15 @@ class Profile(Settings):
 
 class _Loader(yaml.SafeLoader):
     """YAML in which only true and false are truth values, and only decimal numbers are numbers: in YAML 1.1, no is
-    false, 010 is 8, and 1:30 is 90. A key may be given once."""
+    false, 010 is 8, and 1:30 is 90. Keys are text, and may be given once."""
 
     def construct_mapping(self, node, deep=False):
         given = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        for key, _ in node.value:
             if str(key.value) in given:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
             given.add(str(key.value))
-        return super().construct_mapping(node, deep)
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -230,16 +248,11 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("[-+]?(?:0|[1-
 
 
 def read_yaml(text: str, name: str) -> object:
-    """Read YAML, with names as keys. ValueError has the name, the line and the problem."""
+    """Read YAML. ValueError has the name, the problem and its line."""
     try:
-        return _with_names(yaml.load(text, _Loader))
-    except yaml.reader.ReaderError as error:
-        line, problem = text.count("\n", 0, error.position), "expected text in UTF-8, without control characters"
-    except yaml.MarkedYAMLError as error:
-        line, problem = error.problem_mark.line, error.problem
+        return yaml.load(text, _Loader)
     except Exception as error:  # yaml lets many kinds through
-        line, problem = None, error
-    raise ValueError(f"{name}: cannot be read{'' if line is None else f': line {line + 1}'}: {problem}")
+        raise ValueError(f"{name}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 def profile_names() -> list[str]:
@@ -248,10 +261,8 @@ def profile_names() -> list[str]:
 
 
 def load_profile(name: str | Path) -> Profile:
-    """Load a profile by its name (notebooks/profiles/NAME.yaml) or by the path of a file that ends in .yaml.
-
-    ValueError names the file, the key, what was expected and what was found.
-    """
+    """Load a profile by its name (notebooks/profiles/NAME.yaml) or by the path of a file that ends in .yaml. A
+    ValueError names the file, the key, what was expected and what was found."""
     path, values = _read(name)
     with _naming(f"profile {path.name}"):
         return _build(path, values, str(name) if Path(name).suffix == ".yaml" else None)
@@ -266,23 +277,17 @@ def _read(name: str | Path) -> tuple[Path, dict]:
             raise unknown_name("profile", str(name), profile_names())
         path = NOTEBOOKS / "profiles" / f"{name}.yaml"
     try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")  # read_yaml refuses what is not UTF-8
-    except OSError as error:
-        raise ValueError(f"profile {path}: cannot be read: {error.strerror}") from None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"profile {path}: cannot be read: {error}") from None
     values = read_yaml(text, f"profile {path}")
     if not isinstance(values, dict):
-        got = reprlib.repr(values) if values else "nothing"
-        raise ValueError(f"profile {path}: expected keys and values, got {got}")
+        raise ValueError(f"profile {path}: expected keys and values, got {reprlib.repr(values)}")
     return path, values
 
 
-def _with_names(value: object) -> object:
-    """Turn the keys that YAML reads as numbers or truth values into names."""
-    return {str(key): _with_names(part) for key, part in value.items()} if isinstance(value, dict) else value
-
-
 def _build(path: Path, values: dict, source: str | None) -> Profile:
-    valid = ["methods", *Profile.model_fields.keys() - {"name", "groups", "parent", "source"}, "extends"]
+    valid = {"methods", "extends", *Profile.model_fields} - {"name", "groups", "parent", "source"}
     for key in values:
         if key not in valid:
             raise unknown_name("key", key, sorted(valid))
@@ -310,4 +315,5 @@ def _extended(path: Path, values: dict) -> dict:
     kept["purpose"] = "check" if whole["purpose"] == "check" else "exploratory"
     if isinstance(values.get("train"), dict):
         values = values | {"train": kept["train"] | values["train"]}
-    return kept | {key: value for key, value in values.items() if key != "extends"} | {"parent": parent}
+    del values["extends"]
+    return kept | values | {"parent": parent}

@@ -1,7 +1,10 @@
-"""Runs: one network of a study, a method and a seed. Where its results go, its state, and how it is trained."""
+"""Runs: one network of a study, a method and a seed. Where its results go, its state, and how it is trained.
+
+At the end also a study's other kinds of run: pilots, which choose a recipe, and reruns of a record.
+"""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,19 +17,25 @@ from effnet_lib import VARIANTS, Cost, EfficientNet, Scaling, TrainConfig, round
 from effnet_study.coefficients import COEFFICIENTS, searched_coefficients
 from effnet_study.data.dataset import ImageData
 from effnet_study.data.load import load_data
-from effnet_study.files import CHECKPOINTS, RESULTS, RunMismatch, holder_of, remove_checkpoints, run_locked
+from effnet_study.files import CHECKPOINTS, RESULTS, RunMismatch, holder_of, remove_checkpoints
 from effnet_study.machine import choose_device, gpu_count
 from effnet_study.methods import TRAINED_BY, base_method
 from effnet_study.parallel import check_shares, launch
 from effnet_study.pretrained import IMAGENET_MEAN, IMAGENET_STD, create_model, freeze_backbone
 from effnet_study.profile import Profile, load_profile
-from effnet_study.record import assemble, baseline_coefficients, ending, read_record, recipe, write_record
+from effnet_study.record import (
+    assemble,
+    baseline_coefficients,
+    ending,
+    read_record,
+    recipe,
+    recorded_scaling,
+    write_record,
+)
 from effnet_study.stop import Interrupted
 from effnet_study.training import train
 
 ENDED = ("finished", "failed", "diverged")
-# Entries of a record that `load_runs` has as columns
-KEPT = ("seconds", "images_per_second", "peak_memory_bytes", "micro_batch", "started", "ended")
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,6 @@ class Run:
 
     @cached_property
     def cost(self) -> Cost:
-        """Parameters, FLOPs and activations at its resolution."""
         return self.profile.cost(self.scaling)
 
     @property
@@ -80,7 +88,6 @@ class Run:
 
     @property
     def run_dir(self) -> Path:
-        """The run's folder."""
         return self.study_dir / "runs" / f"{self.method}_{self.scaling}_seed{self.seed}"
 
     @property
@@ -107,21 +114,16 @@ class Run:
         return build_network(self.scaling * self.profile.baseline, num_classes, self.profile.stem_stride, self.config)
 
     def train(
-        self,
-        data: ImageData,
-        device: str | None = None,
-        deadline: float | None = None,
-        tensorboard: bool | None = None,
+        self, data: ImageData, device: str | None = None, deadline: float | None = None, tensorboard: bool | None = None
     ) -> dict:
         """Train (or continue, or find finished) and return the record. RuntimeError if the run failed or diverged.
 
-        With several devices, each has a process. torch's elastic launcher starts them here; under torchrun this process
-        is one of them already. deadline, tensorboard: as in `training.train`.
+        With several devices, each has a process: torch's elastic launcher starts them here, or torchrun has started
+        this one. deadline, tensorboard: as in `training.train`.
         """
         if self.config.pretrained:
             mean, std = (255 * torch.tensor(values, device=data.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
             data = dataclasses.replace(data, mean=mean, std=std)
-        alone = not torch.distributed.is_torchelastic_launched()
         processes, record = self._processes(device), read_record(self.run_dir)
         if record is not None and (differences := self.differences(record)):
             raise RunMismatch(
@@ -129,9 +131,7 @@ class Run:
                 "again, or keep it and give another folder for results (results, --results)"
             )
         options = {"deadline": deadline, "tensorboard": tensorboard}
-        if processes > 1 and alone and record is None:
-            if (holder := holder_of(self.run_dir)) is not None:
-                raise run_locked(self.run_dir, holder)
+        if processes > 1 and record is None and not torch.distributed.is_torchelastic_launched():
             error = launch(processes, _train_share, (self, device, options), self.run_dir)
             if error is not None and read_record(self.run_dir) is None:
                 known = (self.config, self.cost, data.describe(), choose_device(device))
@@ -145,7 +145,6 @@ class Run:
         return record
 
     def command(self, words: str) -> str:
-        """Return the shell command `effnet WORDS` for its profile."""
         return self.profile.command(words, self.results)
 
     @property
@@ -154,11 +153,12 @@ class Run:
         return f"run again with: {self.command('study')} --retry"
 
     def set_aside(self) -> None:
-        """Prepare another attempt: rename the last record to run.earlier.json. The new attempt goes on from the
-        last checkpoint, or starts again if the run diverged."""
-        diverged = read_record(self.run_dir)["status"] == "diverged"
-        (self.run_dir / "run.json").replace(self.run_dir / "run.earlier.json")
-        if diverged:
+        """Prepare another attempt at a run that failed or diverged: rename its record to run.earlier.json. The new
+        attempt continues from the last checkpoint, or starts again if the run diverged."""
+        state = self.state()
+        if state in ("failed", "diverged"):
+            (self.run_dir / "run.json").replace(self.run_dir / "run.earlier.json")
+        if state == "diverged":
             remove_checkpoints(self.run_dir)
 
     def _processes(self, device: str | None) -> int:
@@ -228,13 +228,10 @@ def build_network(
 
 
 def plan_runs(
-    profile: Profile,
-    results: str | Path | None = None,
-    methods: Iterable[str] | None = None,
-    seeds: Iterable[int] | None = None,
+    profile: Profile, results: str | Path | None = None, methods: Iterable | None = None, seeds: Iterable | None = None
 ) -> list[Run]:
-    """Return the profile's runs, group by group of its methods, and in a group seed by seed, so that a
-    study that is stopped early is as complete as possible."""
+    """Return the profile's runs, group by group of its methods, and in a group seed by seed, so that a study that is
+    stopped early is as complete as possible."""
     methods, seeds = methods or profile.methods, seeds or profile.seeds
     for kind, asked, valid in (("method", methods, profile.methods), ("seed", seeds, profile.seeds)):
         for value in asked:
@@ -245,17 +242,9 @@ def plan_runs(
     return [Run(profile, m, seed, results) for group in groups for seed in seeds for m in group]
 
 
-def count_runs(runs: Sequence[Run]) -> str:
-    """Return the number of runs in words."""
-    return f"{len(runs)} run{'s' * (len(runs) != 1)}"
-
-
 def load_runs(profile: Profile, results: str | Path | None = None) -> pd.DataFrame:
     """Return the runs of a profile, a row each, in the profile's order. Unfinished ones have a status and no scores.
-
-    top1 and top5 are percentages, flops multiply-adds, seconds the whole run's. peak_memory_bytes is torch's on a GPU
-    and the process's on a CPU.
-    """
+    peak_memory_bytes is torch's on a GPU and the process's on a CPU."""
     rows = []
     for run in plan_runs(profile, results):
         row = {"method": run.method, "seed": run.seed, "status": run.state()}
@@ -268,6 +257,57 @@ def load_runs(profile: Profile, results: str | Path | None = None) -> pd.DataFra
             row |= {**record["cost"], **record["test"], "raw_top1": record["test_raw"]["top1"]}
             row |= {"minival_top1": record["minival"]["top1"], "device": record["device"]["name"]}
             row |= {"commit": record["git"]["commit"], "data": record["dataset"]["title"]}
-            row |= {name: record[name] for name in KEPT}
+            kept = ("seconds", "images_per_second", "peak_memory_bytes", "micro_batch", "started", "ended")
+            row |= {name: record[name] for name in kept}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+# ---- Pilots and reruns ---------------------------------------------------------------------------------------------
+
+
+def pilot(
+    profile: Profile, changes: Mapping, results: str | Path | None = None, device: str | None = None, seed: int = 0
+) -> dict:
+    """Train a profile's baseline with some settings of its recipe changed, or its `baseline` ({depth: 1, width: 0.35})
+    or `base_resolution`, to choose these settings. No test image is read: the record, in
+    RESULTS/PROFILE/pilots/CHANGES_seedN/, has minival's scores under "test" too."""
+    outside = {key: changes[key] for key in ("baseline", "base_resolution") if key in changes}
+    inside = {key: value for key, value in changes.items() if key not in outside}
+    profile = profile.replace(train=profile.train | inside, **outside)
+    run = Run(profile, "baseline", seed, Path(results or RESULTS))
+    data = load_data(**profile.data.given()).without_test()
+    words = {**changes, **({"baseline": str(profile.baseline)[:11]} if "baseline" in changes else {})}
+    label = "_".join(f"{key}={value}" for key, value in sorted(words.items())) or "as_it_is"
+    about = run.about | {"pilot": dict(changes), "scored": "minival"}
+    run_dir = run.study_dir / "pilots" / f"{label}_seed{seed}"
+    return train(run.model(len(data.classes)), data, run.config, run_dir, about=about, device=device)
+
+
+def rerun(path: str | Path, results: str | Path = "rerun", device: str | None = None) -> pd.DataFrame:
+    """Train again what a run.json describes, in RESULTS/NAME-OF-ITS-FOLDER. Return the scores then and now, a row each.
+
+    ValueError if the record does not say enough, or if the images here differ from the recorded ones."""
+    source = Path(path).parent if Path(path).name == "run.json" else Path(path)
+    record, run_dir = read_record(source), Path(results) / source.resolve().name
+    if record is None:
+        raise FileNotFoundError(f"{path}: expected a run.json, or a folder with one")
+    for part in ("data", "coefficients", "stem_stride", "dataset"):
+        if part not in record:
+            raise ValueError(f"{path} does not say its {part}: it is of an older version, or without a profile")
+    config, data = TrainConfig(**record["config"]), load_data(**record["data"])
+    data = data.without_test() if record.get("scored") == "minival" else data
+    if data.fingerprint != record["dataset"]["fingerprint"]:
+        raise ValueError(f"{path} was trained on other images than those of {record['data']} here")
+    if config.pretrained:
+        raise ValueError(f"{path} began with pretrained weights; repeat it with effnet train --pretrained")
+    if (run_dir / "run.json").exists():
+        raise ValueError(f"{run_dir} holds a run already: delete it, or give another folder for results")
+    scaling = recorded_scaling(record)
+    model = build_network(scaling, len(data.classes), record["stem_stride"], config, record.get("model"))
+    kept = ("profile", "purpose", "method", "model", "coefficients", "baseline", "stem_stride", "data")
+    kept += ("pilot", "scored")
+    about = {key: record[key] for key in kept if key in record} | {"rerun_of": record.get("git", {}).get("commit")}
+    now = train(model, data, config, run_dir, about=about, device=device)
+    scores = {when: {"status": r["status"], **r.get("test", {})} for when, r in (("then", record), ("now", now))}
+    return pd.DataFrame(scores).T

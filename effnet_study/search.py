@@ -10,7 +10,7 @@ import pandas as pd
 
 from effnet_lib import Scaling, compound_scaling
 from effnet_study.data.dataset import ImageData
-from effnet_study.files import RESULTS, holder_of
+from effnet_study.files import RESULTS
 from effnet_study.methods import PUBLISHED, coefficient_grid
 from effnet_study.profile import Profile
 from effnet_study.run import Run
@@ -18,10 +18,8 @@ from effnet_study.run import Run
 
 @dataclass(frozen=True)
 class Candidate(Run):
-    """A network of the search: the baseline scaled by `coefficients` (alpha, beta, gamma) at phi = 1.
-
-    It is scored on minival alone: what the record has under "test" is minival, too.
-    """
+    """A network of the search: the baseline scaled by `coefficients` (alpha, beta, gamma) at phi = 1. It is scored on
+    minival alone: what the record has under "test" is minival, too."""
 
     coefficients: tuple[float, float, float] = PUBLISHED
 
@@ -87,8 +85,3 @@ def all_candidates(profile: Profile, results: str | Path | None = None) -> list[
     """Return all networks that a profile's search trains, with each of its seeds."""
     _, candidates = plan_search(profile, results)
     return [dataclasses.replace(c, seed=seed) for seed in profile.search.seeds for c in candidates]
-
-
-def search_holder(study_dir: Path) -> str | None:
-    """Describe the process that searches now. None if there is none."""
-    return holder_of(study_dir / "search")

@@ -1,31 +1,32 @@
-"""A whole study: find the runs that are left, and execute their notebooks, the search and the analysis."""
+"""A whole study: find the runs that are left, execute their notebooks, the search and the analysis, or plan them."""
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import torch
 
+from effnet_study.analysis.claims import verdict_lines
 from effnet_study.coefficients import COEFFICIENTS
 from effnet_study.data.load import load_data
+from effnet_study.execution.clusters import execute_on_ray, slurm_executor, submit_to_slurm
 from effnet_study.execution.local import Execution, execute, gpus_per_run, plan_workers
 from effnet_study.execution.notebook import TRY_AGAIN
-from effnet_study.execution.ray import execute_on_ray
-from effnet_study.execution.slurm import slurm_executor, submit_to_slurm
 from effnet_study.files import RunLocked, RunMismatch, hold, holder_of
-from effnet_study.machine import choose_device, git, gpu_count
+from effnet_study.machine import choose_device, gpu_count
 from effnet_study.methods import TRAINED_BY, base_method
 from effnet_study.profile import Profile
 from effnet_study.progress import live_table, print_status
 from effnet_study.record import read_record
-from effnet_study.run import Run, count_runs, plan_runs
-from effnet_study.search import Candidate, all_candidates, search_holder
+from effnet_study.run import Run, plan_runs
+from effnet_study.search import Candidate, all_candidates
+from effnet_study.speed import estimate_seconds
 
 
-@dataclass(frozen=True)
+@dataclass
 class Launcher:
     """A profile's study, and where and how its notebooks are executed: the options of `effnet study`."""
 
@@ -34,7 +35,7 @@ class Launcher:
     methods: Sequence[str] | None = None  # only these of the profile
     seeds: Sequence[int] | None = None  # only these of the profile
     retry: bool = False  # run failed and diverged runs again; their records are kept as run.earlier.json
-    analysis: bool | None = None  # execute 00 and 05 (default: if they are missing, or a run was trained)
+    analysis: bool | None = None  # execute 00 and 05 (default: if 05 is missing)
     device: str | None = None
     jobs: int | None = None  # notebooks at a time; see plan_workers for the defaults
     threads: int | None = None  # CPU threads of each
@@ -43,18 +44,25 @@ class Launcher:
     deadline: float | None = None  # Unix time at which everything has stopped
     tensorboard: bool = False  # write event files too
 
+    def __post_init__(self) -> None:
+        self.runs = plan_runs(self.profile, self.results, self.methods, self.seeds)
+        self.study_dir = self.runs[0].study_dir
+        self.analysed = self.study_dir / "notebooks" / "05_analysis.ipynb"
+        self.gpus = 0 if self.device == "cpu" else gpus_per_run(self.profile, 1)  # that a run asks a cluster for
+        source, results = self.profile.source, self.results
+        # Parameters of every notebook. A kernel starts in another folder, so paths are absolute
+        self.parameters = {"profile": str(Path(source).absolute()) if source else self.profile.name}
+        self.parameters |= {"results": str(Path(results).absolute())} if results else {}
+
     # ---- 1. The study ----------------------------------------------------------------------------------------------
 
     def study(self) -> int:
-        """Execute the notebooks of the profile, without those of finished runs. Return 0 if all runs are finished,
-        TRY_AGAIN if another process trains some of them, else 1.
-
-        Raises Interrupted before the deadline, or after a file appears at `stop`: all runs have a checkpoint then.
-        Raises RunMismatch, before anything is changed, if some runs were made with other settings than the profile's.
-        """
+        """Execute the notebooks that are left. Return 0 if all runs are finished, TRY_AGAIN if another process trains
+        some of them, else 1. Interrupted before the deadline, or after a file appears at `stop`. RunMismatch, before
+        anything is changed, if some runs were made with other settings than the profile's."""
         ready, waiting, candidates = self._left_to_do()
         todo = [*ready, *waiting]
-        print(f"{self.profile.title}: {count_runs(self.runs)}, {len(todo)} to do ({self.profile.stamp})", flush=True)
+        print(f"{self.profile.title}: {len(todo)} of {len(self.runs)} runs to do ({self.profile.stamp})", flush=True)
         if todo:  # what is missing is reported once, not by every notebook
             if self.executor == "local" and choose_device(self.device).index is not None and gpu_count() > 1:
                 raise ValueError(f"device: {self.device!r}: notebooks have a GPU each; choose by $CUDA_VISIBLE_DEVICES")
@@ -62,70 +70,53 @@ class Launcher:
         self._prepare(todo)
         with live_table([*self.runs, *candidates]):
             self._execute(self._executions(ready))
-            if candidates and self._search(candidates):
+            if candidates and self._execute([self._search_execution(candidates)]):
                 self._execute(self._executions(waiting))
-            places = [run.run_dir for run in self.runs if run.state() != "waiting"]
-            places += [self.study_dir / "search"] if candidates else []
-            held = [str(place) for place in places if holder_of(place) is not None]
+            held = [run.run_dir for run in self.runs if run.state() == "running"]
+            if candidates and holder_of(self.study_dir / "search") is not None:
+                held.append(self.study_dir / "search")
             finished = [run for run in self.runs if run.state() == "finished"]
             analysed = True
             if finished and not held and self._to_analyse:
                 try:
                     analysed = self._analyse()
                 except RunLocked:
-                    held = [str(self.analysed)]
+                    held = [self.analysed]
         print_status(self.runs)
         if held:
-            print(
-                f"Another process is at work on {', '.join(held)}; when it has ended, the same command does the rest."
-            )
+            print(f"Another process is at work on {', '.join(map(str, held))}; afterwards run the same command again.")
             return TRY_AGAIN
-        if not todo:
-            print(_provenance(self.runs))
         if self.analysed.exists():
-            print(_findings(self.study_dir, self.profile.stamp), flush=True)
+            print("", *_findings(self.study_dir / "tables"), sep="\n")
+            print(f"({self.profile.stamp}) All of it: {self.study_dir / 'README.md'}", flush=True)
         return 0 if len(finished) == len(self.runs) and analysed else 1
 
     def search(self) -> bool:
         """Execute the search's notebook, which writes coefficients.json. Return whether it succeeded."""
         candidates = all_candidates(self.profile, self.results)
         refuse_stale(plan_runs(self.profile, self.results), candidates)
-        return self._search(candidates)
+        return self._execute([self._search_execution(candidates)])
 
     def submit(self, seconds: float) -> list:
-        """Hand the study over to Slurm, and return at once the submitted jobs of submitit.
-
-        One array job executes the notebooks of the runs, and 03 if there are coefficients to search for. Each element
-        has `seconds`; when they are up, it is queued again and goes on. A job after it, `study` on one node, trains
-        what waited for coefficients and does the analysis. A run has the profile's devices as GPUs of one node (auto:
-        one), unless the device is "cpu". ValueError if `seconds` are too few to stop in.
-        """
+        """Hand the study over to Slurm, and return the submitted jobs. One array job executes the notebooks of the runs
+        and of the search. Each element has `seconds`; when they are up, it is queued again. A job after it, `study` on
+        one node, trains what waited for coefficients and does the analysis."""
         ready, waiting, candidates = self._left_to_do()
         if not (ready or waiting or self._to_analyse):
             return []
-        slurm = slurm_executor(self.study_dir, seconds)  # refuses before anything is changed
+        # Refuses before anything is changed
+        slurm = slurm_executor(self.study_dir, seconds, self.jobs, self.threads, self.gpus)
         self._prepare([*ready, *waiting])
         executions = self._executions(ready) + ([self._search_execution(candidates)] if candidates else [])
-        closing = replace(self, jobs=None, retry=False, executor="local")._close
-        options = {"threads": self.threads, "tensorboard": self.tensorboard, "gpus": self._gpus}
-        return submit_to_slurm(slurm, executions, closing, self.study_dir, seconds=seconds, jobs=self.jobs, **options)
+        how = {"jobs": 1, "threads": self.threads or (None if self.gpus else 1), "gpus": self.gpus}
+        works = [partial(execute, [execution], **how, tensorboard=self.tensorboard) for execution in executions]
+        return submit_to_slurm(slurm, works, replace(self, jobs=None, retry=False)._close)
+
+    def _close(self, stop: Path) -> bool:
+        """Do what is left of a study after its array job."""
+        return replace(self, stop=stop).study() == 0
 
     # ---- 2. What there is to do ------------------------------------------------------------------------------------
-
-    @cached_property
-    def runs(self) -> list[Run]:
-        """All runs that were asked for."""
-        return plan_runs(self.profile, self.results, self.methods, self.seeds)
-
-    @property
-    def study_dir(self) -> Path:
-        """The study's folder."""
-        return self.runs[0].study_dir
-
-    @property
-    def analysed(self) -> Path:
-        """The executed analysis."""
-        return self.study_dir / "notebooks" / "05_analysis.ipynb"
 
     @property
     def _to_analyse(self) -> bool:
@@ -133,63 +124,38 @@ class Launcher:
 
     def _left_to_do(self) -> tuple[list[Run], list[Run], list[Candidate]]:
         """Return the runs whose notebooks can be executed; the runs that wait for the search's coefficients; and the
-        candidates of the search, if runs wait for it or its notebook is missing.
-
-        RunMismatch if runs were made with other settings than the profile has now.
-        """
+        candidates of the search, if its notebook is to be executed."""
         # The notebook of a finished run takes seconds
         todo = [r for r in self.runs if r.is_to_do(self.retry) or (r.state() == "finished" and not r.executed.exists())]
         waiting = [run for run in todo if run.state() == "waiting"]
-        searched = (self.study_dir / COEFFICIENTS).exists() and (self.study_dir / "search").exists()
+        searched = any(base_method(run.method) == "compound_searched" for run in self.runs)
         lost = searched and not self.analysed.with_stem("03_coefficient_search").exists()
-        searching = bool(waiting) or (lost and self.profile.search is not None)
-        candidates = all_candidates(self.profile, self.results) if searching else []
+        candidates = all_candidates(self.profile, self.results) if waiting or lost else []
         refuse_stale(plan_runs(self.profile, self.results), candidates)
         return [run for run in todo if run not in waiting], waiting, candidates
 
     def _prepare(self, todo: Sequence[Run]) -> None:
-        """Prepare the study's folder: set failed runs aside, and delete an analysis that will be out of date."""
-        damaged = any(run.state() == "damaged" for run in self.runs)
-        if not (todo or damaged or self._to_analyse):
-            return  # nothing is written to a complete study, which may be another user's
-        self.study_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.study_dir):  # raises OSError if the folder is not writable
-            pass
-        set_aside(todo)
-        if todo or damaged:
+        """Set failed runs aside, and delete an analysis that will be out of date."""
+        for run in todo:
+            run.set_aside()
+        if todo or any(run.state() == "damaged" for run in self.runs):
             self.analysed.unlink(missing_ok=True)
 
     # ---- 3. Executing notebooks ------------------------------------------------------------------------------------
 
-    @property
-    def _parameters(self) -> dict[str, str]:
-        """The parameters that every notebook has. A kernel starts in another folder, so paths are absolute."""
-        source = self.profile.source
-        named = {"profile": self.profile.name if source is None else str(Path(source).absolute())}
-        return named | ({} if self.results is None else {"results": str(Path(self.results).absolute())})
-
-    @property
-    def _gpus(self) -> int:
-        """How many GPUs a run asks a cluster for."""
-        return 0 if self.device == "cpu" else gpus_per_run(self.profile, 1)
-
     def _executions(self, runs: Sequence[Run]) -> list[Execution]:
         executions = []
-        for i, run in enumerate(longest_first(runs), 1):
-            about = f"[{i}/{len(runs)}] {run.method}, seed {run.seed}, {run.config.resolution} px"
-            parameters = {**self._parameters, "method": run.method, "seed": run.seed, "device": self.device}
-            notebook = TRAINED_BY[base_method(run.method)]
-            executions.append(Execution(about, notebook, run.executed, parameters, run.run_dir))
+        for run in runs:
+            parameters = {**self.parameters, "method": run.method, "seed": run.seed, "device": self.device}
+            executions.append(Execution(TRAINED_BY[base_method(run.method)], run.executed, parameters))
         return executions
 
     def _search_execution(self, candidates: Sequence[Candidate]) -> Execution:
         """Return the search's notebook. With `retry`, failed and diverged candidates are set aside before."""
-        study_dir, name = candidates[0].study_dir, "03_coefficient_search"
-        if self.retry and search_holder(study_dir) is None:
-            set_aside(candidates)
-        about = f"coefficient search: {len({c.name for c in candidates})} candidates"
-        output, parameters = study_dir / "notebooks" / f"{name}.ipynb", {**self._parameters, "device": self.device}
-        return Execution(about, name, output, parameters, study_dir / "search")
+        name, folder = "03_coefficient_search", self.study_dir / "search"
+        for candidate in candidates if self.retry and holder_of(folder) is None else ():
+            candidate.set_aside()
+        return Execution(name, self.analysed.with_stem(name), {**self.parameters, "device": self.device})
 
     def _execute(self, executions: Sequence[Execution]) -> bool:
         """Execute notebooks that train, and return whether all succeeded."""
@@ -198,48 +164,18 @@ class Launcher:
         options = {"stop": self.stop, "deadline": self.deadline, "tensorboard": self.tensorboard}
         if self.executor == "ray":
             optional = self.device is None
-            return execute_on_ray(executions, self.jobs, self.threads, self._gpus, optional=optional, **options)
+            return execute_on_ray(executions, self.jobs, self.threads, self.gpus, optional=optional, **options)
         jobs, threads, gpus = plan_workers(len(executions), self.profile, self.device, self.jobs, self.threads)
-        if jobs > 1:
-            print(f"{jobs} at a time, {threads or 'all'} CPU thread{'s' * (threads != 1)} each", flush=True)
         return execute(executions, jobs, threads, gpus, **options)
-
-    def _search(self, candidates: Sequence[Candidate]) -> bool:
-        """Execute the search's notebook, which has the whole machine, and return whether it succeeded."""
-        return replace(self, jobs=1)._execute([self._search_execution(candidates)])
 
     def _analyse(self) -> bool:
         """Execute 00 and 05. RunLocked if another study executes them."""
         executions = []
         for name, given in (("00_architecture", {"explorer": False}), ("05_analysis", {})):
-            parameters = self._parameters | given
-            executions.append(Execution(f"{name}: executing", name, self.analysed.with_stem(name), parameters))
+            executions.append(Execution(name, self.analysed.with_stem(name), self.parameters | given))
         workers = plan_workers(len(executions), self.profile, "cpu")
         with hold(self.study_dir):
             return execute(executions, *workers, stop=self.stop, deadline=self.deadline)
-
-    def _close(self, stop: Path) -> bool:
-        """Do what is left of a study after its array job."""
-        return replace(self, stop=stop).study() == 0
-
-
-def set_aside(runs: Sequence[Run]) -> None:
-    """Make room for another attempt at the runs that failed or diverged."""
-    for run in runs:
-        if run.state() in ("failed", "diverged"):
-            run.set_aside()
-
-
-def longest_first(runs: Sequence[Run]) -> list[Run]:
-    """Sort runs by group and seed as planned; within a seed first the baseline, whose curve the others draw, then the
-    costliest, so that several workers end at about the same time."""
-
-    def rank(run: Run) -> tuple:
-        group = next(i for i, methods in enumerate(run.profile.groups) if run.method in methods)
-        return group, seeds.index(run.seed), run.method != "baseline", -run.cost.activations
-
-    seeds = [run.seed for run in runs]
-    return sorted(runs, key=rank)
 
 
 def refuse_stale(runs: Sequence[Run], candidates: Sequence[Run] = ()) -> None:
@@ -258,33 +194,44 @@ def refuse_stale(runs: Sequence[Run], candidates: Sequence[Run] = ()) -> None:
         )
 
 
-def _findings(study_dir: Path, stamp: str) -> str:
-    """Describe in a few lines what the analysis has found, and where all of it is."""
-    tables, lines = study_dir / "tables", []
+def _findings(tables: Path) -> list[str]:
+    """Return in a few lines what the analysis has found."""
     if (tables / "ablation.csv").exists():
         rows = pd.read_csv(tables / "ablation.csv").itertuples()
-        lines = [f"{row.what} ({row.weights}): {row.difference:+.2f} points by {row.change}" for row in rows]
-    elif (tables / "verdict.json").exists():
-        contrasts = pd.read_csv(tables / "contrasts.csv")
-        for claim in json.loads((tables / "verdict.json").read_text())["claims"]:
-            rows = contrasts[contrasts["claim"] == claim["key"]].itertuples()
-            words = "; ".join(f"{row.target} - {row.other} {row.difference:+.2f}, {row.outcome}" for row in rows)
-            lines.append(f"{claim['title']}: {claim['outcome'] or words}")
-    return "\n".join(["", *lines, f"({stamp}) All of it: {study_dir / 'README.md'}"])
+        return [f"{row.what} ({row.weights}): {row.difference:+.2f} points by {row.change}" for row in rows]
+    path = tables / "verdict.json"
+    return verdict_lines(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
 
 
-def _provenance(runs: Sequence[Run]) -> str:
-    """Describe who made the runs that are finished, when, on what, and how to repeat them."""
-    records = [read_record(run.run_dir) for run in runs if run.state() == "finished"]
-    if not records:
-        return "No run has finished."
-    log = git("log", "-1", "--format=committed by %an on %as", "--", str(runs[0].study_dir))
-    made = log.stdout.strip() or "made here, not committed"
-    first, last = min(r["started"] for r in records)[:10], max(r["ended"] for r in records)[:10]
-    devices = dict.fromkeys(record["device"]["name"] for record in records)
-    commits = dict.fromkeys(str(record["git"]["commit"])[:10] for record in records)
-    return (
-        f"\nThese {len(records)} runs are finished: {made}; run {first}{'' if first == last else f' to {last}'} "
-        f"on {', '.join(devices)}, code {', '.join(commits)}.\n"
-        f"To repeat them elsewhere: {runs[0].profile.command('study')} --results DIR"
-    )
+def plan(
+    profile: Profile,
+    results: str | Path | None = None,
+    *,
+    device: str | None = None,
+    jobs: int | None = None,
+    threads: int | None = None,
+    seconds: float = 60,
+) -> tuple[pd.DataFrame, int]:
+    """Return the runs that are still to do, a row each (an image's flops and activations, and the run's seconds here),
+    and how many are trained at a time. `seconds` are spent on a few training steps of each method. Starting notebooks
+    and reading images are not included."""
+    todo = [run for run in plan_runs(profile, results) if run.is_to_do()]
+    runs = [run for run in todo if run.state() != "waiting"]
+    if len(runs) < len(todo):
+        print(f"Skipped until the search has run: {len(todo) - len(runs)}; {todo[0].command('search')}")
+    if runs:
+        data = load_data(**profile.data.given(), download=False)
+    jobs, threads, _ = plan_workers(len(runs), profile, device, jobs, threads)
+    one_of_each, times, cores = {run.method: run for run in reversed(runs)}, {}, torch.get_num_threads()
+    torch.set_num_threads(threads or cores)
+    for method, run in one_of_each.items():
+        print(f"measuring {method} at {run.config.resolution} px", flush=True)
+        model, budget = run.model(len(data.classes)), seconds / len(one_of_each)
+        times[method] = estimate_seconds(model, data, run.config, choose_device(device), budget)
+    torch.set_num_threads(cores)
+    rows = [
+        {"method": run.method, "seed": run.seed, "status": run.state(), "px": run.config.resolution}
+        | {"flops": run.cost.flops, "activations": run.cost.activations, "seconds": times[run.method]}
+        for run in runs
+    ]
+    return pd.DataFrame(rows), jobs

@@ -6,7 +6,7 @@ from scipy import stats
 
 import effnet_study as study
 from effnet_lib import TrainConfig, learning_rate
-from effnet_study import protocol as protocols
+from effnet_study import profile as profiles
 from effnet_study.analysis.recipes import ablation
 from effnet_study.analysis.summary import ablation_lines
 from effnet_study.run import plan_runs
@@ -93,7 +93,7 @@ def test_an_ablation_without_the_baseline_has_no_leads(changed, tmp_path):
 
 
 def test_what_extends_evidence_is_exploratory(profile_file, monkeypatch):
-    monkeypatch.setattr(protocols, "protocol_text", lambda commit: "## Study `tiny`\n\n*Fixed today.*\n")
+    monkeypatch.setattr(profiles, "protocol_text", lambda commit: "## Study `tiny`\n\n*Fixed today.*\n")
     protocol = {"section": "tiny", "commit": "abc"}
     whole = profile_file(purpose="evidence", seeds=[0, 1, 2, 3, 4], protocol=protocol)
     path = whole.with_name("high.yaml")

@@ -16,8 +16,7 @@ from effnet_study.analysis.claims import planned_claims, verdict, verdict_lines
 from effnet_study.analysis.statistics import SAME
 from effnet_study.coefficients import made_by
 from effnet_study.methods import FlopsMatch
-from effnet_study.profile import load_profile
-from effnet_study.protocol import Protocol
+from effnet_study.profile import Protocol, load_profile
 from effnet_study.record import read_record
 from effnet_study.run import plan_runs
 from effnet_study.search import all_candidates, plan_search

@@ -13,18 +13,15 @@ from conftest import SMALL_PROFILE, write_record
 
 import effnet_study as study
 from effnet_lib import EfficientNet, MBConv, Scaling, TrainConfig, count_cost, round_repeats
-from effnet_study import protocol as protocols
+from effnet_study import profile as profiles
 from effnet_study.analysis.recipes import load_pilots
 from effnet_study.cli import main
 from effnet_study.files import hold
 from effnet_study.methods import TRAINED_BY, base_method, match_flops
 from effnet_study.model_run import plan_model
-from effnet_study.pilot import pilot
 from effnet_study.profile import profile_names
 from effnet_study.record import read_record
-from effnet_study.rerun import rerun
-from effnet_study.run import plan_runs
-from effnet_study.study import longest_first
+from effnet_study.run import pilot, plan_runs, rerun
 from effnet_study.use import load_run
 
 HALF = {"depth": 0.5, "width": 0.5}
@@ -285,7 +282,7 @@ def test_a_rerun_compares_then_with_now_on_the_same_images(profile_file, tmp_pat
         asked.append((model.scaling, config, run_dir.name, about["method"], about["rerun_of"]))
         return {"status": "finished", "test": {"top1": 51.0, "top5": 91.0, "loss": 1.5}}
 
-    monkeypatch.setattr("effnet_study.rerun.train", train)
+    monkeypatch.setattr("effnet_study.run.train", train)
     write_record(run, top1=50.0, **run.about, dataset=data.describe())
     scores = rerun(run.run_dir, tmp_path / "again", "cpu")
     assert scores["top1"].to_dict() == {"then": 50.0, "now": 51.0}
@@ -326,9 +323,6 @@ def test_all_seeds_of_a_group_of_methods_come_before_the_next_group(profile_file
     assert profile.methods == ("baseline", "compound", "depth")
     order = [(run.method, run.seed) for run in plan_runs(profile)]
     assert order == [("baseline", 0), ("compound", 0), ("baseline", 1), ("compound", 1), ("depth", 0), ("depth", 1)]
-    shuffled = plan_runs(profile)[::-1]
-    assert [run.seed for run in longest_first(shuffled)][:2] in ([0, 0], [1, 1])
-    assert [run.method for run in longest_first(shuffled)][-2:] == ["depth", "depth"]
 
 
 # ---- Pilots
@@ -354,7 +348,7 @@ def test_a_pilot_may_change_the_baseline_its_pixels_and_the_seed(profile_file, t
     [
         ({"baseline": 0.5}, "baseline: expected a valid dictionary .*, got 0.5"),
         ({"baseline": {"deep": 1}}, "baseline: unknown setting 'deep'. Did you mean 'depth'"),
-        ({"baseline": {1: 1}}, "baseline: unknown setting '1'"),
+        ({"baseline": {"1": 1}}, "baseline: unknown setting '1'"),
         ({"baseline": {"depth": 1, "resolution": 2}}, "baseline: unknown setting 'resolution'"),
         ({"baseline": {"depth": 0}}, "baseline: depth: expected a value greater than 0, got 0"),
         ({"base_resolution": 4}, "base_resolution: expected .*greater than or equal to 8, got 4"),
@@ -387,7 +381,10 @@ def test_a_pilot_that_cannot_be_is_refused(profile_file, tmp_path, changes, mess
         ({"methods": [["baseline"], ["baseline"]]}, "methods: expected a list without repetitions"),
         ({"purpose": "evidence"}, "purpose: evidence needs protocol: {section: NAME, commit: HASH}"),
         ({"purpose": "evidence", "protocol": {"section": "pocket"}}, "protocol: commit is missing"),
-        ({"protocol": {"section": "pocket", "commit": "HEAD"}}, "protocol: belongs to purpose: evidence"),
+        (
+            {"protocol": {"section": "pocket", "commit": "HEAD"}},
+            "purpose: evidence needs protocol: .*no other purpose has one",
+        ),
         (
             {"purpose": "evidence", "protocol": {"section": "mine", "commit": "HEAD"}},
             "has no section '## Study `mine`'",
@@ -403,16 +400,16 @@ def test_bad_profiles_are_refused_by_name(profile_file, changes, message):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "expected keys and values, got nothing"),
+        (b"", "expected keys and values, got None"),
         (b"- a\n- b\n", r"expected keys and values, got \['a', 'b'\]"),
-        (b"title: T\nseeds: [0, 1\nmethods: 3\n", "cannot be read: line 3: expected ',' or ']'"),
-        (b"title: T\nseeds: [0]\ntitle: U\n", "cannot be read: line 3: title is given twice"),
-        (b"train: {lr: 0.1,\n  lr: 0.2}\n", "cannot be read: line 2: lr is given twice"),
-        (b"title: T\nnote: caf\xe9\n", "cannot be read: line 2: expected text in UTF-8"),
-        (b"title: T\n\nnote: \x00\n", "cannot be read: line 3: expected .* without control characters"),
-        ("title: T\n".encode("utf-16"), "cannot be read: line 1: expected text in UTF-8"),
-        (b"a: &a [*a]\nb: &b {b: *b}", "cannot be read: "),
-        (b"title: !!python/name:os.system\n", "cannot be read: line 1: could not determine a constructor"),
+        (b"title: T\nseeds: [0, 1\nmethods: 3\n", r"cannot be read: .*expected ',' or '\]'.* line 3"),
+        (b"title: T\nseeds: [0]\ntitle: U\n", "cannot be read: title is given twice .*line 3"),
+        (b"train: {lr: 0.1,\n  lr: 0.2}\n", "cannot be read: lr is given twice .*line 2"),
+        (b"title: T\nnote: caf\xe9\n", "cannot be read: 'utf-8' codec can't decode byte 0xe9"),
+        (b"title: T\n\nnote: \x00\n", "cannot be read: .*special characters are not allowed"),
+        ("title: T\n".encode("utf-16"), "cannot be read: 'utf-8' codec can't decode"),
+        (b"a: &a [*a]\nb: &b {b: *b}", "unknown key 'a'"),
+        (b"title: !!python/name:os.system\n", "cannot be read: could not determine a constructor .*line 1"),
         (b"on: 3\n", "unknown key 'on'"),
     ],
 )
@@ -508,12 +505,6 @@ def test_se_expanded_costs_more_but_changes_no_coefficient(profile_file):
     assert wrong.cost(Scaling()) == count_cost(network, 48) != plain.cost(Scaling())
 
 
-def test_a_method_that_rounds_to_the_baseline_itself_is_refused(profile_file):
-    profile = study.load_profile(profile_file(baseline={"depth": 0.2}, methods=["baseline", "compound_phi0.02"]))
-    with pytest.raises(ValueError, match="compound_phi0.02: by rounding its network is the baseline's own"):
-        study.Run.plan(profile, "compound_phi0.02", 0)
-
-
 def test_a_length_profile_without_its_parent_is_refused(tmp_path):
     path = tmp_path / "short.yaml"
     path.write_text("title: Short\nextends: pokcet\nmethods: [baseline]\ntrain: {epochs: 1}\n")
@@ -532,17 +523,17 @@ def repository(tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
     (tmp_path / "report").mkdir()
-    monkeypatch.setattr(protocols, "ROOT", tmp_path)
+    monkeypatch.setattr(profiles, "ROOT", tmp_path)
 
     def commit(text):
-        protocols.protocol_text.cache_clear()
+        profiles.protocol_text.cache_clear()
         (tmp_path / "report" / "PROTOCOL.md").write_text(text)
         subprocess.run([*git, "add", "."], check=True)
         subprocess.run([*git, "commit", "-qm", "x"], check=True)
         return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
 
     yield commit
-    protocols.protocol_text.cache_clear()
+    profiles.protocol_text.cache_clear()
 
 
 OTHER = "# P\n\n## Study `other`\n\n*Fixed long ago.*\n\n"  # another study's section, which says nothing of ours
@@ -569,14 +560,3 @@ def test_the_protocol_of_every_study_of_evidence_is_fixed():
     for name in profile_names():
         profile = study.load_profile(name)  # which refuses it otherwise
         assert (profile.purpose == "evidence") == (profile.protocol is not None)
-
-
-# ---- The command
-
-
-def test_cost_counts_a_profiles_methods(profile_file, capsys):
-    assert main(["cost", "--profile", str(profile_file(**POCKET)), "baseline", "depth"]) == 0
-    head, columns, *rows = capsys.readouterr().out.splitlines()
-    assert "depth 0.5, width 0.5, 48 px" in head and columns.split()[:5] == ["method", "d", "w", "r", "px"]
-    assert [row.split()[0] for row in rows] == ["baseline", "depth"] and rows[0].split()[-2] == "1.00"
-    assert main(["cost"]) == 2 and "expected NETWORK" in capsys.readouterr().err

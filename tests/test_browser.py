@@ -280,7 +280,6 @@ def test_training_shows_itself_stops_and_goes_on(visit, lab):
     bar.wait_for()
     grown = "value => document.querySelector('.effnet-live progress')?.value > value"
     page.wait_for_function(grown, arg=bar.evaluate("e => e.value"))
-    cell.locator(".effnet-live img").wait_for()  # the curve, as soon as an epoch has ended
     cell.screenshot(path=lab.screenshots / "running.png")
 
     page.get_by_role("button", name="Interrupt the kernel").click()
@@ -294,7 +293,6 @@ def test_training_shows_itself_stops_and_goes_on(visit, lab):
     page.keyboard.press("Shift+Enter")
     said.get_by_text(re.compile("continues (after|in) epoch")).wait_for()
     cell.locator(".effnet-live[data-state=finished]").wait_for(timeout=240_000)
-    assert cell.locator(".effnet-live img").count() == 0  # the next cell draws the curve
 
     ended = record.stat().st_mtime_ns
     finish(page, run_all(page))

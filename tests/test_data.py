@@ -532,7 +532,7 @@ def test_a_data_set_is_described(image_folder, tmp_path, capsys):
     assert {image["image"] for image in twins} >= {"train/ant/twin.png", "test/bee/twin.png"}
     said = describe_data(facts)
     assert "1 images occur more than once, 1 of them both in test and outside, 1 under different classes" in said
-    assert cli.main(["data", f"folder:{folder}", "--root", str(tmp_path), "--size", "12"]) == 0
+    assert cli.main(["data", f"folder:{folder}", "--root", str(tmp_path), "size=12"]) == 0
     printed, folder = capsys.readouterr().out, tmp_path / "reports"
     assert said.splitlines()[5] in printed and data.fingerprint in printed
     (report,), (grid,) = folder.glob("*.json"), folder.glob("*.png")
@@ -554,7 +554,7 @@ def test_a_cache_that_rots_is_found_by_the_inspection(image_folder, tmp_path, mo
     change(128 + 3 * 12 * 12 * 3)  # the fourth image, which a start does not look at
     monkeypatch.setattr(cli, "sample_grid", lambda data: Figure())
     assert inspect_data(load_data(f"folder:{folder}", tmp_path, size=12))["cache"]["damaged_blocks"] == [3]
-    assert cli.main(["data", f"folder:{folder}", "--root", str(tmp_path), "--size", "12"]) == 2
+    assert cli.main(["data", f"folder:{folder}", "--root", str(tmp_path), "size=12"]) == 2
     change(-1)  # the last image
     with pytest.warns(UserWarning, match="its pixels have changed"):
         assert load_data(f"folder:{folder}", tmp_path, size=12).fingerprint == data.fingerprint

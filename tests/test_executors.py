@@ -23,11 +23,10 @@ from conftest import SMALL_PROFILE, write_record
 
 from effnet_study.cli import main
 from effnet_study.execution import local, notebook
+from effnet_study.execution.clusters import SlurmTask, check_resources
 from effnet_study.execution.local import RETRIES, Execution, execute, side_by_side
 from effnet_study.execution.notebook import KILLED, PAPERMILL, TRY_AGAIN, run_notebook
-from effnet_study.execution.ray import check_resources, threads_per_run
-from effnet_study.execution.slurm import SlurmTask
-from effnet_study.files import ROOT, RunLocked, hold, holder_of
+from effnet_study.files import ROOT, RunLocked, hold
 from effnet_study.profile import load_profile
 from effnet_study.run import Run, plan_runs
 from effnet_study.search import plan_search
@@ -97,9 +96,8 @@ def test_ray_is_not_asked_for_what_no_machine_has(profile_file, tmp_path, capsys
     assert "a run needs 1 CPU and 1 GPU on one machine, the cluster's have: " in capsys.readouterr().err
 
 
-def test_a_gpu_brings_its_share_of_the_cores():
+def test_one_machine_has_all_that_a_run_needs():
     machines = [{"CPU": 32.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 8.0}, {"CPU": 64.0}]
-    assert [threads_per_run(machines, gpus) for gpus in (0, 1, 4, 8)] == [1, 2, 8, 16]
     check_resources(machines, {"CPU": 32, "GPU": 4})
     with pytest.raises(RuntimeError, match="needs 33 CPU and 1 GPU on one machine"):  # together they would have them
         check_resources(machines, {"CPU": 33, "GPU": 1})
@@ -240,44 +238,47 @@ def test_an_interrupted_notebook_stops_the_others_and_those_that_have_not_begun(
     stop, begun, ended = tmp_path / "stop", [], []
 
     def call(execution: Execution) -> bool:
-        begun.append(execution.about)
-        if execution.about == "second":
+        begun.append(execution.notebook)
+        if execution.notebook == "second":
             raise Interrupted("in time")
         until = time.monotonic() + 20
         while not stop.exists() and time.monotonic() < until:
             time.sleep(0.01)
-        ended.append(execution.about)
-        if execution.about == "first":
+        ended.append(execution.notebook)
+        if execution.notebook == "first":
             raise Interrupted("asked to stop")
 
-    executions = [Execution(about, "n", tmp_path, {}) for about in ("second", "first", "third", "fourth", "fifth")]
+    executions = [Execution(about, tmp_path, {}) for about in ("second", "first", "third", "fourth", "fifth")]
     with pytest.raises(Interrupted, match="in time"):
         side_by_side(call, executions, 2, stop)
     assert stop.exists() and "fifth" not in begun and set(ended) == set(begun) - {"second"}
 
 
 def test_all_notebooks_are_executed_though_one_fails(tmp_path):
-    executions, seen = [Execution(about, "n", tmp_path, {}) for about in "abc"], []
-    assert side_by_side(lambda one: seen.append(one.about) or one.about != "a", executions, 1, tmp_path / "s") is False
+    executions, seen = [Execution(about, tmp_path, {}) for about in "abc"], []
+    assert (
+        side_by_side(lambda one: seen.append(one.notebook) or one.notebook != "a", executions, 1, tmp_path / "s")
+        is False
+    )
     assert seen == ["a", "b", "c"] and not (tmp_path / "s").exists()
     assert side_by_side(lambda one: True, executions, 3, tmp_path / "s") is True
 
 
 def test_an_interrupt_after_a_failure_is_not_lost(tmp_path):
     def call(execution: Execution) -> bool:
-        if execution.about == "a":
+        if execution.notebook == "a":
             return False
         raise Interrupted("in time")
 
     with pytest.raises(Interrupted):
-        side_by_side(call, [Execution(about, "n", tmp_path, {}) for about in "ab"], 1, tmp_path / "stop")
+        side_by_side(call, [Execution(about, tmp_path, {}) for about in "ab"], 1, tmp_path / "stop")
 
 
 @pytest.mark.parametrize("seconds, begins", [(19, False), (30, True), (None, True)])
 def test_a_notebook_is_not_begun_with_too_little_time(monkeypatch, tmp_path, seconds, begins):
     seen = []
     monkeypatch.setattr(local, "run_notebook", lambda *arguments, **options: seen.append((arguments, options)))
-    execution = Execution("about", "01_baseline_b0", tmp_path / "out.ipynb", {"seed": 1})
+    execution = Execution("01_baseline_b0", tmp_path / "out.ipynb", {"seed": 1})
     deadline = None if seconds is None else time.time() + seconds
     with contextlib.nullcontext() if begins else pytest.raises(Interrupted, match="too little time"):
         assert execute([execution], 1, 2, deadline=deadline, tensorboard=True)
@@ -295,7 +296,8 @@ def test_a_notebook_that_is_killed_again_and_again_is_given_up(monkeypatch, caps
         raise ProcessKilled("01_baseline_b0: its process was killed")
 
     monkeypatch.setattr(local, "run_notebook", killed)
-    execution = Execution("about", "01_baseline_b0", tmp_path / "out.ipynb", {})
+    monkeypatch.setattr(local, "PAUSE", 0)
+    execution = Execution("01_baseline_b0", tmp_path / "out.ipynb", {})
     assert execute([execution], 1, None) is False
     assert len(attempts) == 1 + RETRIES and capsys.readouterr().err.count("attempted again") == RETRIES
 
@@ -304,7 +306,7 @@ def test_a_notebook_that_is_killed_again_and_again_is_given_up(monkeypatch, caps
 def test_a_notebook_that_fails_by_itself_is_not_tried_again(monkeypatch, capsys, tmp_path, error):
     run_it = Mock(side_effect=error)
     monkeypatch.setattr(local, "run_notebook", run_it)
-    assert execute([Execution("about", "01_baseline_b0", tmp_path / "out.ipynb", {})], 1) is False
+    assert execute([Execution("01_baseline_b0", tmp_path / "out.ipynb", {})], 1) is False
     assert run_it.call_count == 1 and capsys.readouterr().err == f"effnet: {error}\n"
 
 
@@ -333,7 +335,7 @@ def test_notebooks_side_by_side_have_gpus_of_their_own(monkeypatch, tmp_path, jo
         together.wait(20)
 
     monkeypatch.setattr(local, "run_notebook", look)
-    executions = [Execution("", "01_baseline_b0", tmp_path, {}) for _ in range(jobs)]
+    executions = [Execution("01_baseline_b0", tmp_path, {}) for _ in range(jobs)]
     assert execute(executions, jobs, None, gpus)
     assert sorted(seen, key=str) == sorted(expected, key=str)
 
@@ -405,7 +407,7 @@ def test_without_slurm_that_is_said(profile_file, tmp_path, capsys, monkeypatch)
     analysed.parent.mkdir(parents=True)
     analysed.touch()
     assert main(["study", str(path), "--results", str(tmp_path), "--executor", "slurm"]) == 2
-    assert "executor slurm: " in capsys.readouterr().err and analysed.exists()
+    assert "are you indeed on a slurm cluster" in capsys.readouterr().err and analysed.exists()
 
 
 @pytest.mark.slow
@@ -415,10 +417,10 @@ def test_a_job_of_slurm_that_is_warned_stops_and_goes_on_when_it_is_started_agai
     path = profile_file(**LONG)
     run = Run.plan(path, "baseline", 0, tmp_path)
     parameters = {"profile": str(path), "results": str(tmp_path), "device": "cpu"}
-    execution = Execution("about", "01_baseline_b0", run.executed, parameters, run.run_dir)
+    execution = Execution("01_baseline_b0", run.executed, parameters)
     executor = submitit.AutoExecutor(tmp_path / "logs", cluster="local")
     executor.update_parameters(timeout_min=10)
-    job = executor.submit(SlurmTask(partial(execute, [execution], 1, 1), tmp_path / "stop", run.run_dir))
+    job = executor.submit(SlurmTask(partial(execute, [execution], 1, 1), tmp_path / "stop"))
     kernel = psutil.Process(wait_for_checkpoint(run))
     papermill = kernel.parent()
     for process in (kernel, papermill, papermill.parent()):  # Slurm warns every process of a job
@@ -447,13 +449,18 @@ def test_what_a_study_lacks_is_told_once(profile_file, tmp_path, monkeypatch, ca
 def test_a_run_that_another_trains_is_left_to_it(profile_file, tmp_path, monkeypatch, capsys):
     path = profile_file(methods=["baseline", "width"])
     held, free = plan_runs(load_profile(path), tmp_path)
-    monkeypatch.setattr(local, "run_notebook", lambda *arguments, **options: write_record(free))
-    monkeypatch.setattr(local, "wait_until_free", lambda folder, seconds: holder_of(folder))
+
+    def pretend(notebook, output, parameters, **options):
+        if parameters["method"] == "baseline":
+            raise RunLocked("01_baseline_b0 is left to the process that trains its run")
+        write_record(free)
+
+    monkeypatch.setattr(local, "run_notebook", pretend)
     held.run_dir.mkdir(parents=True)
     with hold(held.run_dir):
         assert main(["study", str(path), "--results", str(tmp_path), "--device", "cpu"]) == TRY_AGAIN
-    said = capsys.readouterr().out
-    assert re.search(rf"baseline, seed 0, 16 px: left to process {os.getpid()} on", said)
+    said, errors = capsys.readouterr()
+    assert "is left to the process that trains its run" in errors and f"is trained by process {os.getpid()} on" in said
     assert f"Another process is at work on {held.run_dir}" in said and free.state() == "finished"
     assert not (held.study_dir / "notebooks" / "05_analysis.ipynb").exists()
 

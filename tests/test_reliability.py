@@ -48,8 +48,7 @@ from effnet_study.files import (
 from effnet_study.profile import Profile, load_profile
 from effnet_study.progress import print_status
 from effnet_study.record import read_record
-from effnet_study.rerun import rerun
-from effnet_study.run import Run, load_runs, plan_runs
+from effnet_study.run import Run, load_runs, plan_runs, rerun
 from effnet_study.search import plan_search
 from effnet_study.stop import Interrupted, Stop
 from effnet_study.training import train

@@ -216,8 +216,7 @@ def test_what_waits_for_a_search_is_told(profile_file, tmp_path, capsys):
     assert cli.main(["plan", path, "--results", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert (
-        "Skipped until the search has run: 1 run; effnet search " in said
-        and "all runs that can start have ended" in said
+        "Skipped until the search has run: 1; effnet search " in said and "all runs that can start have ended" in said
     )
     found(profile, tmp_path, alpha="x")
     with pytest.raises(

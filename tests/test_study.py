@@ -12,7 +12,7 @@ import torch
 from conftest import write_record
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from effnet_lib import TABLE7, Cost, Scaling
+from effnet_lib import TABLE7, Scaling
 from effnet_study import parallel
 from effnet_study import run as runs_module
 from effnet_study.analysis.recipes import load_pilots
@@ -24,11 +24,10 @@ from effnet_study.execution.local import plan_workers
 from effnet_study.execution.notebook import TRY_AGAIN
 from effnet_study.files import hold, load_history, write_json
 from effnet_study.methods import parse_method
-from effnet_study.plan import plan
 from effnet_study.profile import load_profile, profile_names
 from effnet_study.record import read_record
 from effnet_study.run import Run, load_runs, plan_runs
-from effnet_study.study import longest_first
+from effnet_study.study import plan
 
 # ---- profiles
 
@@ -250,16 +249,6 @@ def test_each_notebook_on_a_cpu_has_four_gib_of_memory(profile_file, monkeypatch
         assert plan_workers(5, profile, "cpu")[0] == jobs
 
 
-def test_each_seeds_longest_run_starts_first_after_the_baseline(profile_file, monkeypatch):
-    activations = {"baseline": 1, "depth": 5, "width": 7, "compound": 6, "resolution": 9}
-    monkeypatch.setattr(Run, "cost", property(lambda run: Cost(1, 1, activations[run.method])))
-    groups = [["depth", "width", "baseline", "compound"], ["resolution"]]
-    ordered = longest_first(plan_runs(load_profile(profile_file(seeds=[1, 0], methods=groups))))
-    first = ["baseline", "width", "compound", "depth"]
-    expected = [(seed, method) for seed in (1, 0) for method in first] + [(1, "resolution"), (0, "resolution")]
-    assert [(run.seed, run.method) for run in ordered] == expected
-
-
 # ---- a study, whose notebooks are not executed
 
 
@@ -291,7 +280,7 @@ def test_a_study_executes_runs_search_and_analysis_in_turn(profile_file, tmp_pat
     done, _ = pretended
     matched = SimpleNamespace(scaling=Scaling(1.4, 1.1, 1.2))  # to count the FLOPs of many networks takes seconds
     monkeypatch.setattr("effnet_study.profile.match_flops", lambda *arguments, **options: matched)
-    path = profile_file(methods=["depth", "baseline", "compound_searched"], search={"step": 0.4}, seeds=[3])
+    path = profile_file(methods=["baseline", "depth", "compound_searched"], search={"step": 0.4}, seeds=[3])
     words = ["study", str(path), "--results", str(tmp_path), "--device", "cpu", "--jobs", "1"]
     assert main(words) == 0
     common = {"profile": str(path), "results": str(tmp_path)}
@@ -301,16 +290,13 @@ def test_a_study_executes_runs_search_and_analysis_in_turn(profile_file, tmp_pat
     assert done[3] == ("04_compound_scaling", {**common, "method": "compound_searched", "seed": 3, "device": "cpu"})
     assert sorted(done[4:], key=str) == [("00_architecture", {**common, "explorer": False}), ("05_analysis", common)]
     said = capsys.readouterr().out
-    assert "Tiny: 3 runs, 3 to do" in said and "[1/2] baseline, seed 3, 16 px" in said and "3 finished" in said
-    assert "coefficient search: 3 candidates" in said
+    assert "Tiny: 3 of 3 runs to do" in said and "01_baseline_b0_baseline_seed3\n" in said and "3 finished" in said
     notebooks = tmp_path / "tiny" / "notebooks"
     assert (notebooks / "04_compound_scaling_compound_searched_seed3.ipynb").exists()
 
     done.clear()  # nothing is left
     assert main(words) == 0 and done == []
-    said = capsys.readouterr().out
-    assert "3 runs are finished: made here, not committed; run 2026-01-02 on box, code abc." in said
-    assert f"To repeat them elsewhere: effnet study {path} --results DIR" in said
+    assert "Tiny: 0 of 3 runs to do" in capsys.readouterr().out
 
     for lost, again in (  # a study that was killed between a run's end and its notebook's
         ("05_analysis", {"00_architecture", "05_analysis"}),
@@ -372,16 +358,15 @@ def test_a_second_study_leaves_the_analysis_to_the_first(profile_file, tmp_path,
     assert "Another process is at work on" in capsys.readouterr().out
 
 
+CLAIM = {"title": "Axes help", "outcome": None, "complete": True, "sentences": ["depth is higher", "width is lower"]}
+
+
 @pytest.mark.parametrize(
     "claims, ablation, expected",
     [
-        ([{"key": "searched", "title": "Search wins", "outcome": "reproduced"}], None, "Search wins: reproduced"),
-        (
-            [{"key": "axes", "title": "Axes help", "outcome": None}],
-            None,
-            "Axes help: depth - baseline +2.25, above; width - baseline -0.50, unclear",
-        ),
-        ([], "width,ema,-1.2345,lr 0.05 to 0.02", "width (ema): -1.23 points by lr 0.05 to 0.02"),
+        ([CLAIM], None, ["- **Axes help**", "  - depth is higher.", "  - width is lower."]),
+        ([CLAIM | {"outcome": "reproduced", "sentences": []}], None, ["- **Axes help: reproduced**"]),
+        ([], "width,ema,-1.2345,lr 0.05 to 0.02", ["width (ema): -1.23 points by lr 0.05 to 0.02"]),
     ],
 )
 def test_a_study_ends_with_what_its_analysis_found(profile_file, tmp_path, capsys, claims, ablation, expected):
@@ -393,14 +378,13 @@ def test_a_study_ends_with_what_its_analysis_found(profile_file, tmp_path, capsy
     run.executed.parent.mkdir()
     for path_of in (run.executed, run.executed.with_stem("05_analysis")):
         path_of.touch()
-    rows = ["axes,depth,baseline,2.25,above", "other,x,y,9,above", "axes,width,baseline,-0.5,unclear"]
-    (tables / "contrasts.csv").write_text("\n".join(["claim,target,other,difference,outcome", *rows]))
     write_json(tables / "verdict.json", {"claims": claims})
     if ablation:
         (tables / "ablation.csv").write_text(f"what,weights,difference,change\n{ablation}\n")
     assert main(["study", str(path), "--results", str(tmp_path)]) == 0
-    last = capsys.readouterr().out.splitlines()[-2:]
-    assert last == [expected, f"(pipeline check, not evidence) All of it: {tmp_path / 'tiny' / 'README.md'}"]
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines[-len(expected) :] == expected
+    assert last == f"(pipeline check, not evidence) All of it: {tmp_path / 'tiny' / 'README.md'}"
 
 
 def test_a_pilot_changes_the_recipe_and_reads_no_test_image(profile_file, tmp_path, capsys):
@@ -473,6 +457,7 @@ def test_cost_by_stage_adds_up_to_the_whole(capsys):
         (["status", "quik"], "Did you mean 'quick'?"),
         (["study", "quick", "--methods", "dept"], "Did you mean 'depth'?"),
         (["cost", "b9"], "unknown network 'b9'"),
+        (["cost"], "Missing argument 'NETWORK"),
         (["data", "cifar-10"], "unknown data set 'cifar-10'"),
         (["data", "folder:nowhere"], "no such folder; tried"),
     ],

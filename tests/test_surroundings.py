@@ -373,5 +373,5 @@ def test_data_of_classes_of_any_name_are_described(tmp_path, capsys):
         folder.mkdir(parents=True)
         for i in range(10):
             Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    assert cli.main(["data", f"folder:{tmp_path / 'pics'}", "--root", str(tmp_path), "--size", "8"]) == 0
+    assert cli.main(["data", f"folder:{tmp_path / 'pics'}", "--root", str(tmp_path), "size=8"]) == 0
     assert (tmp_path / "reports").is_dir() and "4 classes" in capsys.readouterr().out

@@ -8,45 +8,39 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from effnet_study.execution.notebook import run_notebook
-from effnet_study.files import holder_of
 from effnet_study.machine import gpu_count, memory
 from effnet_study.profile import Profile
 from effnet_study.stop import Interrupted, ProcessKilled
 
 STARTING = 20  # seconds: with less time left, a study starts no further notebook
+PAUSE = 5  # seconds until the kernel of a killed process has ended, too
 RETRIES = 2  # further attempts at a notebook whose process was killed; a notebook that fails by itself gets none
 
 
-@dataclass(frozen=True)
-class Execution:
-    """A notebook to be executed."""
+class Execution(NamedTuple):
+    """A notebook to be executed: the first arguments of `run_notebook`."""
 
-    about: str  # what to print when it starts
     notebook: str
     output: Path
     parameters: Mapping[str, object]
-    run_dir: Path | None = None  # the folder that its process locks
 
 
 def plan_workers(
     count: int, profile: Profile, device: str | None, jobs: int | None = None, threads: int | None = None
 ) -> tuple[int, int | None, int]:
     """Return how many of `count` notebooks to execute here at a time, the CPU threads of each (None: torch's own), and
-    the GPUs of each.
-
-    There is one for each GPU, or for each group of the profile's `devices`. On a CPU there is one for each core, if
-    each has 4 GiB of memory: one thread in each of two processes does more than two threads in one.
-    """
+    the GPUs of each. There is one for each GPU, or for each group of the profile's `devices`. On a CPU there is one for
+    each core with 4 GiB of memory: one thread in each of two processes does more than two threads in one."""
     gpus, cores = gpu_count(device), torch.get_num_threads()
     processes = gpus_per_run(profile, gpus)
-    if jobs is None:
-        jobs = max(1, min(gpus // processes, count) if gpus else min(cores // processes, count, memory() // 2**32))
+    most = gpus // processes if gpus else min(cores // processes, memory() // 2**32)
+    jobs = max(1, min(jobs or most, count))
     if threads is None and (not gpus or jobs > 1):
         threads = max(1, cores // (jobs * processes))
     return jobs, threads, processes if gpus else 0
@@ -58,29 +52,20 @@ def gpus_per_run(profile: Profile, gpus: int) -> int:
 
 
 def execute(
-    executions: Sequence[Execution],
-    jobs: int,
-    threads: int | None = None,
-    gpus: int = 0,
-    *,
-    stop: Path | None = None,
-    **options: object,
+    executions: Sequence[Execution], jobs: int, threads: int | None = None, gpus: int = 0, **options: object
 ) -> bool:
-    """Execute notebooks on this machine, `jobs` at a time, and return whether all succeeded. See `side_by_side`.
-
-    gpus: how many each has for itself if there are several jobs. threads, stop and further options: as in
-    `run_notebook`.
-    """
+    """Execute notebooks on this machine, `jobs` at a time, and return whether all succeeded. gpus: how many each has
+    for itself if there are several jobs. threads and options: as in `run_notebook`."""
     free = queue.SimpleQueue()
     for environment in _environments(jobs, gpus):
         free.put(environment)
     with tempfile.TemporaryDirectory() as folder:
-        stop = stop or Path(folder) / "stop"
+        options["stop"] = stop = options.get("stop") or Path(folder) / "stop"
 
         def in_turn(execution: Execution) -> bool:
             environment = free.get()
             try:
-                return attempt(execution, stop=stop, threads=threads, environment=environment, **options)
+                return attempt(execution, threads=threads, environment=environment, **options)
             finally:
                 free.put(environment)
 
@@ -88,11 +73,8 @@ def execute(
 
 
 def side_by_side(call: Callable[[Execution], bool], executions: Sequence[Execution], jobs: int, stop: Path) -> bool:
-    """Execute notebooks by `call`, `jobs` at a time, and return whether all succeeded.
-
-    An interrupt of this process, or an error of a call such as Interrupted, creates the file `stop`. It is raised when
-    all calls that were under way have ended.
-    """
+    """Execute notebooks by `call`, `jobs` at a time, and return whether all succeeded. An interrupt of this process, or
+    an error of a call, creates the file `stop`, and is raised when all calls that were under way have ended."""
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(call, execution) for execution in executions]
         try:
@@ -115,34 +97,18 @@ def _environments(jobs: int, gpus: int) -> list[dict[str, str]]:
 
 def attempt(execution: Execution, *, stop: Path, deadline: float | None = None, **options: object) -> bool:
     """Execute a notebook and return whether it succeeded; print why not. Interrupted if there is no time to start it.
-
-    If its process is killed, it is attempted again, and the run goes on from its checkpoint. It is not if a cell
-    fails, or if another process trains its run. options: as in `run_notebook`.
-    """
-    notebook, output, parameters = execution.notebook, execution.output, execution.parameters
+    It is attempted again only if its process is killed: the run then continues from its checkpoint."""
     for left in reversed(range(RETRIES + 1)):
         if stop.exists() or time.time() + STARTING > (deadline or math.inf):
             raise Interrupted("too little time is left to start another notebook")
-        holder = wait_until_free(execution.run_dir, 10 if left == RETRIES else 60)
-        left_to = "" if holder is None else f": left to {holder}"
-        print(f"{execution.about}{left_to}\n", end="", flush=True)  # with its line end, since other threads print too
-        if holder is not None:
-            return False
+        print(f"{execution.output.stem}\n", end="", flush=True)  # with its line end, since other threads print too
         try:
-            run_notebook(notebook, output, parameters, stop=stop, deadline=deadline, **options)
+            run_notebook(*execution, stop=stop, deadline=deadline, **options)
             return True
         except ProcessKilled as error:
             print(f"effnet: {error}{'; it is attempted again' if left else ''}", file=sys.stderr, flush=True)
+            time.sleep(PAUSE)
         except RuntimeError as error:  # RunLocked too
             print(f"effnet: {error}", file=sys.stderr, flush=True)
             return False
     return False
-
-
-def wait_until_free(run_dir: Path | None, seconds: float) -> str | None:
-    """Wait until no process trains a run, for `seconds` at most: a kernel whose papermill was killed takes a moment to
-    end. Return who trains it still."""
-    until = time.monotonic() + seconds
-    while (holder := run_dir and holder_of(run_dir)) is not None and time.monotonic() < until:
-        time.sleep(0.2)
-    return holder

@@ -36,11 +36,8 @@ def _assignments(source: str) -> dict[str, object]:
 
 
 def check_parameters(notebook: str, values: Mapping[str, object]) -> dict[str, object]:
-    """Return the defaults in NOTEBOOK's cell tagged "parameters", updated by `values`.
-
-    ValueError if there is no such cell, or it does not declare one of them, or with another type; papermill only warns.
-    A parameter whose default is None takes text or None.
-    """
+    """Return the defaults in NOTEBOOK's cell tagged "parameters", updated by `values`. ValueError if there is no such
+    cell, or it does not declare one of them, or with another type; papermill only warns."""
     cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
     tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
@@ -51,6 +48,7 @@ def check_parameters(notebook: str, values: Mapping[str, object]) -> dict[str, o
         if name not in declared:
             raise unknown_name(f"parameter of {notebook}", name, declared)
         default = declared[name]
+        # A parameter whose default is None takes text
         allowed = {float: (int, float), type(None): (str, type(None))}.get(type(default), type(default))
         if not isinstance(value, allowed) or (isinstance(value, bool) and type(default) is not bool):
             raise ValueError(f"parameter {name} of {notebook}: expected a value like {default!r}, got {value!r}")
@@ -58,10 +56,9 @@ def check_parameters(notebook: str, values: Mapping[str, object]) -> dict[str, o
 
 
 def check_notebook(notebook: str, namespace: Mapping[str, object]) -> None:
-    """Refuse unknown or ill-typed parameters of this notebook. A notebook's second cell calls it.
+    """Refuse unknown or ill-typed parameters of this notebook. A notebook's second cell calls it with its globals().
 
-    namespace: the notebook's globals(). The names come from the cell that papermill injected, which starts with
-    "# Parameters", so that variables of the notebook itself are never taken for parameters.
+    What papermill was given stands in the cell that it injected: the notebook has further variables of its own.
     """
     injected = [_assignments(cell) for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n")]
     given = injected[-1] if injected else {}
@@ -95,12 +92,11 @@ def run_notebook(
 
     threads: CPU threads of torch (default: all cores). deadline: Unix time before which training stops. tensorboard:
     training writes event files. environment: further variables of the kernel. cwd: its working folder (default: that of
-    this process, so that relative paths mean the same). An interrupt of this process, or a file that appears at `stop`,
-    stops training; what has not ended GRACE seconds later is killed.
+    this process). An interrupt of this process, or a file that appears at `stop`, stops training; what has not ended
+    GRACE seconds later is killed.
 
     Raises RuntimeError if a cell failed, and ProcessKilled if the process was killed; the unfinished notebook is then
-    NAME.partial.ipynb. Raises RunLocked if another process trains the run, and Interrupted if training stopped in time,
-    with a checkpoint.
+    NAME.partial.ipynb. Raises RunLocked if another process trains the run, Interrupted after a stop with a checkpoint.
     """
     check_parameters(notebook, parameters)
     print_any_text()
@@ -110,8 +106,7 @@ def run_notebook(
     arguments |= {"parameters": dict(parameters), "kernel_name": "python3", "language": "python"}
     kernel = ["--IPKernelApp.log_level=CRITICAL", "--IPKernelApp.ignore_cwd=True"]
     arguments |= {"cwd": str(cwd or os.getcwd()), "progress_bar": False, "extra_arguments": kernel}
-    # -P: without it the folder of papermill_process.py, where ray.py lies, would come first among the modules
-    command = [sys.executable, "-P", str(PAPERMILL), json.dumps(arguments, ensure_ascii=False), str(os.getpid())]
+    command = [sys.executable, str(PAPERMILL), json.dumps(arguments), str(os.getpid())]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a killed kernel may still write to it
         stop = stop or Path(folder) / "stop"
         given = {"OMP_NUM_THREADS": threads, "EFFNET_DEADLINE": deadline, "EFFNET_TENSORBOARD": int(tensorboard)}
@@ -138,58 +133,52 @@ def _surroundings(folder: Path) -> dict[str, str]:
     """Return a kernel's environment: the user's, but with this Python, these modules, matplotlib as it comes, UTF-8,
     and without the user's start-up files, kernels and configuration. folder: for the kernel's own files."""
     spec = folder / "kernels" / "python3" / "kernel.json"
-    spec.parent.mkdir(parents=True)
-    launch = [sys.executable, "-P", "-m", "ipykernel", "-f", "{connection_file}"]
+    spec.parent.mkdir(parents=True)  # ipykernel's own file starts a launcher, which removes the first modules' folder
+    launch = [sys.executable, "-m", "ipykernel", "-f", "{connection_file}"]
     spec.write_text(json.dumps({"argv": launch, "display_name": "Python 3", "language": "python"}), encoding="utf-8")
     kept = ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONDONTWRITEBYTECODE")
     foreign = [name for name in os.environ if name.startswith(("PYTHON", "JUPYTER", "IPYTHON")) and name not in kept]
     modules, matplotlib = os.environ.get("PYTHONPATH"), Path(importlib.util.find_spec("matplotlib").origin).parent
-    own = {"PYTHONPATH": f"{ROOT}{os.pathsep}{modules}" if modules else str(ROOT), "PYTHONUTF8": "1"}
-    own |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MATPLOTLIBRC": str(matplotlib / "mpl-data")}
+    # SAFEPATH: neither the folder of papermill_process.py nor the working folder comes first among the modules
+    own = {"PYTHONPATH": f"{ROOT}{os.pathsep}{modules}" if modules else str(ROOT), "PYTHONSAFEPATH": "1"}
+    own |= {"PYTHONUTF8": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    own |= {"MATPLOTLIBRC": str(matplotlib / "mpl-data")}
     places = ("CONFIG_DIR", "DATA_DIR", "PATH", "RUNTIME_DIR")
     own |= dict.fromkeys(["IPYTHONDIR", *(f"JUPYTER_{place}" for place in places)], str(folder))
-    home, missing = os.path.expanduser("~"), {"USER": str(os.getuid())}  # a user id may have neither home nor name
-    if not os.access(home, os.W_OK):
-        missing["MPLCONFIGDIR"] = str(folder)
-    if not os.path.isdir(home):
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # in a container a user id may have no home, and no name
         own["HOME"] = str(folder)
-    return missing | {name: value for name, value in os.environ.items() if name not in foreign} | own
+    user = {"USER": str(os.getuid())}
+    return user | {name: value for name, value in os.environ.items() if name not in foreign} | own
 
 
 def _status_of(command: Sequence[str], environment: Mapping[str, str], stop: Path) -> int:
     """Run a command, print at once what it prints, and return its exit status. An interrupt creates the file `stop`,
-    and is raised when the command has ended."""
+    and is raised when the command has ended. Once `stop` exists, it has GRACE seconds; its kernel ends with it."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     pairs = ((process.stdout, "stdout"), (process.stderr, "stderr"))
     printers = [threading.Thread(target=_print_lines, args=pair, daemon=True) for pair in pairs]
     for printer in printers:
         printer.start()
-    try:
-        return _wait(process, stop)
-    except BaseException:
-        stop.touch()
-        _wait(process, stop)
-        raise
-    finally:
-        for printer in printers:  # not longer: a kernel that is about to end may keep the pipes open
-            printer.join(timeout=2)
+    interrupt, end = None, math.inf
+    while process.poll() is None:
+        try:
+            if stop.exists():
+                end = min(end, time.monotonic() + GRACE)
+            if time.monotonic() > end:
+                process.kill()
+            time.sleep(0.2)
+        except BaseException as error:
+            interrupt = error
+            stop.touch()
+    for printer in printers:  # not longer: a kernel that is about to end may keep the pipes open
+        printer.join(timeout=2)
+    if interrupt is not None:
+        raise interrupt
+    return process.returncode
 
 
 def _print_lines(stream: TextIO, name: str) -> None:
     """Copy a stream to sys.stdout or sys.stderr as it is at that moment: a table in the terminal replaces both."""
     for line in stream:
         print(line, end="", file=getattr(sys, name), flush=True)
-
-
-def _wait(process: subprocess.Popen, stop: Path) -> int:
-    """Return the exit status. Once `stop` exists, the process has GRACE seconds; its kernel ends with it."""
-    asked = math.inf
-    while True:
-        try:
-            return process.wait(timeout=0.2)
-        except subprocess.TimeoutExpired:
-            if stop.exists():
-                asked = min(asked, time.monotonic())
-            if time.monotonic() - asked > GRACE:
-                process.kill()

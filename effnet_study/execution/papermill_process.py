@@ -24,9 +24,6 @@ def main(arguments: str, starter: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
 
-    if arguments != arguments.encode("utf-8", "replace").decode():
-        sys.exit(f"a notebook can only be given paths in UTF-8, got {arguments!r}")
-
     import nbclient
     import papermill
 
