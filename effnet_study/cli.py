@@ -110,6 +110,7 @@ Budget = Annotated[float | None, _option(stopping, "TIME", parser=duration)]
 Watch = Annotated[bool, _option("update the table until all runs have ended")]
 Rounds = Annotated[int, _option("rounds of measurements of 06_throughput (default: 15)", "N", min=1)]
 Models = Annotated[bool, _option("instead: cost and speed of b0 to b7 and other networks")]
+Quick = Annotated[bool, _option("B0's step alone: plain, compiled, captured, and timm's compiled; minutes on a GPU")]
 Seed = Annotated[int, _option("of the run (default: 0)", "N")]
 Root = Annotated[str | None, _option("where data lies (default: $EFFNET_DATA, else ./data)", "DIR")]
 Report = Annotated[Path | None, _option("for NAME.json and NAME.png, a grid (default: reports/ in there)", "DIR")]
@@ -211,8 +212,13 @@ def search(
 
 
 @app.command()
-def bench(device: Device = None, rounds: Rounds = 15, models: Models = False, results: Results = None):
+def bench(
+    device: Device = None, rounds: Rounds = 15, models: Models = False, quick: Quick = False, results: Results = None
+):
     """Time training steps of ours, torchvision's and timm's B0."""
+    if quick:
+        print(speed.quick_bench(results, device=device).to_string(index=False))
+        return
     speed.bench(results, device=device, rounds=rounds, models=models)
 
 
