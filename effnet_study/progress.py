@@ -213,10 +213,8 @@ def live(*runs: Run, seconds: float = 1.0) -> Iterator[Callable[[str], None] | N
             console = Console(file=io.StringIO(), width=PLAIN_WIDTH, record=True, no_color=True)
             console.print(status_table(runs, console, known=known))
             text = console.export_text(clear=False)
-            table, rows = (
-                console.export_html(code_format="<pre>{code}</pre>", inline_styles=True),
-                progress(runs, known),
-            )
+            table = console.export_html(code_format="<pre>{code}</pre>", inline_styles=True)
+            rows = progress(runs, known)
             bar = f'<progress max="{rows["epochs"].sum():.0f}" value="{rows["done"].sum():.3f}"></progress>'
             html = f'<div class="effnet-live" data-state="{state}">{bar}{table}</div>'
             handle.update({"text/plain": text, "text/html": html}, raw=True)
