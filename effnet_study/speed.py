@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 
 from effnet_lib import TABLE7, EfficientNet, Scaling, TrainConfig, autocast
@@ -168,6 +167,8 @@ def time_part(contender: Contender, device: str, threads: int, part: str, repeat
 
 def copy_bandwidth(device: torch.device) -> float:
     """Measure the bytes per second that a plain copy on this device reads and writes."""
+    from torch.utils.benchmark import Timer  # it warns of a CUDA toolkit without a GPU
+
     source = torch.ones(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
     names = {"source": source, "target": torch.empty_like(source)}
     timer = Timer("target.copy_(source)", globals=names, num_threads=torch.get_num_threads())

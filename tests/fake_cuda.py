@@ -210,7 +210,7 @@ H100 = {
 INDUCTOR = {"get_device_properties": SimpleNamespace(**H100), "get_device_capability": (9, 0), "device_count": 1}
 INDUCTOR |= {"is_initialized": True, "_lazy_init": None, "_exchange_device": 0, "_maybe_exchange_device": 0}
 INDUCTOR |= {"mem_get_info": (79 * 2**30, 80 * 2**30), "get_rng_state": torch.zeros(16, dtype=torch.uint8)}
-INDUCTOR |= {"set_rng_state": None, "synchronize": None}
+INDUCTOR |= {"set_rng_state": None, "synchronize": None, "is_current_stream_capturing": False}
 
 
 class InductorCode(list):
