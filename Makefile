@@ -2,7 +2,7 @@
 # make report                  figures, README tables, report/, poster/ from results/
 # make lab                     JupyterLab                make clean  remove what was made here (never results of other profiles)
 # make gpu-check               on a GPU, ten minutes: its tests, B0's speed, two epochs of a real run
-# make test-slow               whole notebooks, kills, several processes; in a real browser too, if Chromium is here
+# make test-slow               all tests with coverage: whole notebooks, kills, several processes; a browser if Chromium is here
 PROFILE ?= quick
 PYTHON ?= python3
 export PYTHONUNBUFFERED = 1
@@ -18,7 +18,7 @@ test: .venv/ready
 	.venv/bin/pytest -n 2 --dist loadgroup
 
 test-slow: .venv/ready
-	.venv/bin/pytest -n 2 --dist loadgroup -m slow
+	.venv/bin/pytest -n 2 --dist loadgroup -m "not browser" --cov --cov-report=term:skip-covered --cov-fail-under=95
 	.venv/bin/pytest -m browser -rs tests/test_browser.py
 
 gpu-check: .venv/ready
