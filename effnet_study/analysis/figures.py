@@ -110,7 +110,8 @@ def draw_figure8(profile: Profile, points: Mapping[str, tuple[float, Sequence[fl
     left.set(ylabel="test top-1 (%)", title=_heading(profile, done))
     paper = {method: (flops, [top1]) for method, (flops, top1) in PAPER_TABLE7.items()}
     draw_against_cost(right, paper, "billion")
-    right.set(ylabel="ImageNet top-1 (%)", title="The paper's Table 7\nas published, one network each")
+    title = "The paper's Table 7\nas published, one network each"
+    right.set(xlabel="FLOPs (billion multiply-adds)", ylabel="ImageNet top-1 (%)", title=title)
     return fig
 
 
