@@ -200,7 +200,8 @@ def _findings(tables: Path) -> list[str]:
         rows = pd.read_csv(tables / "ablation.csv").itertuples()
         return [f"{row.what} ({row.weights}): {row.difference:+.2f} points by {row.change}" for row in rows]
     path = tables / "verdict.json"
-    return verdict_lines(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+    lines = verdict_lines(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+    return [line.replace("**", "") for line in lines]  # a terminal shows no Markdown
 
 
 def plan(

@@ -364,8 +364,8 @@ CLAIM = {"title": "Axes help", "outcome": None, "complete": True, "sentences": [
 @pytest.mark.parametrize(
     "claims, ablation, expected",
     [
-        ([CLAIM], None, ["- **Axes help**", "  - depth is higher.", "  - width is lower."]),
-        ([CLAIM | {"outcome": "reproduced", "sentences": []}], None, ["- **Axes help: reproduced**"]),
+        ([CLAIM], None, ["- Axes help", "  - depth is higher.", "  - width is lower."]),
+        ([CLAIM | {"outcome": "reproduced", "sentences": []}], None, ["- Axes help: reproduced"]),
         ([], "width,ema,-1.2345,lr 0.05 to 0.02", ["width (ema): -1.23 points by lr 0.05 to 0.02"]),
     ],
 )
