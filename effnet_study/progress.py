@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import html
 import io
 import os
 import sys
@@ -210,14 +211,12 @@ def live(*runs: Run, seconds: float = 1.0) -> Iterator[Callable[[str], None] | N
 
     def show(state: str) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError):  # an error in it must not end the training
-            console = Console(file=io.StringIO(), width=PLAIN_WIDTH, record=True, no_color=True)
+            console = Console(file=io.StringIO(), width=PLAIN_WIDTH, force_jupyter=False)  # or rich shows it itself
             console.print(status_table(runs, console, known=known))
-            text = console.export_text(clear=False)
-            table = console.export_html(code_format="<pre>{code}</pre>", inline_styles=True)
-            rows = progress(runs, known)
+            text, rows = console.file.getvalue(), progress(runs, known)
             bar = f'<progress max="{rows["epochs"].sum():.0f}" value="{rows["done"].sum():.3f}"></progress>'
-            html = f'<div class="effnet-live" data-state="{state}">{bar}{table}</div>'
-            handle.update({"text/plain": text, "text/html": html}, raw=True)
+            page = f'<div class="effnet-live" data-state="{state}">{bar}<pre>{html.escape(text)}</pre></div>'
+            handle.update({"text/plain": text, "text/html": page}, raw=True)
 
     def follow() -> None:
         while not ended.wait(seconds):
