@@ -192,9 +192,7 @@ def test_a_training_step(faked, tmp_path, method, changes, launches):
 
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="needs a C compiler for the stubs of a driver")
-@pytest.mark.parametrize(
-    "method", ["depth", "compound"]
-)  # all parts of B0 and two more; channels that 32 does not divide
+@pytest.mark.parametrize("method", ["depth", "width", "resolution", "compound"])  # depth has the baseline's parts
 def test_code_is_generated_for_every_part(faked, method):
     parts, code = faked(generate_code, TABLE7[method])
     assert len(code) == 2 * parts  # forward and backward, and equal blocks share it
