@@ -321,9 +321,8 @@ def test_a_run_that_fails_is_told_and_tried_again_only_when_asked(profile_file, 
     baseline, depth, width = plan_runs(load_profile(path), tmp_path)
     fail.append("depth")
     assert main(words) == 1
-    assert [name for name, _ in done] == ["01_baseline_b0"] + ["02_single_axis_scaling"] * 2 + ["00_architecture"] + [
-        "05_analysis"
-    ]
+    names = ["00_architecture", "01_baseline_b0", "02_single_axis_scaling", "02_single_axis_scaling", "05_analysis"]
+    assert sorted(name for name, _ in done) == names  # several at the same time
     assert "effnet: 02_single_axis_scaling failed" in capsys.readouterr().err
     assert [run.state() for run in (baseline, depth, width)] == ["finished", "missing", "finished"]
     write_record(depth, status="failed", error="of the machine")
@@ -334,7 +333,7 @@ def test_a_run_that_fails_is_told_and_tried_again_only_when_asked(profile_file, 
     fail.clear()
     assert main([*words, "--retry"]) == 0
     assert [parameters.get("method") for _, parameters in done[:2]] in (["depth", "width"], ["width", "depth"])
-    assert [name for name, _ in done[2:]] == ["00_architecture", "05_analysis"]
+    assert sorted(name for name, _ in done[2:]) == ["00_architecture", "05_analysis"]  # at the same time
     assert json.loads((depth.run_dir / "run.earlier.json").read_text())["status"] == "failed"
     assert not (width.run_dir / "checkpoint.pt").exists()  # a run that diverged starts again
 
