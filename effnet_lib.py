@@ -385,7 +385,7 @@ class TrainConfig(Settings):
     sync_norm: bool = False  # on several GPUs: batch norm over all of a step's images, not over each GPU's own
     pretrained: bool = False  # begin with torchvision's ImageNet weights and a new classifier
     freeze: bool = False  # train the classifier alone
-    compile: Literal["auto", "blocks", "graph", "never"] = "auto"  # torch.compile or a CUDA graph: see trainers.py
+    compile: Literal["auto", "blocks", "graph", "never"] = "auto"  # how effnet_study runs steps on a GPU
     deterministic: bool = False  # on a GPU: only kernels that repeat exactly, which are slower
     save_seconds: Positive = 300.0  # seconds between checkpoints; there is one after every epoch too
     save_steps: Annotated[int, Field(ge=0)] = 0  # steps between checkpoints; 0 is off

@@ -115,7 +115,7 @@ Seed = Annotated[int, _option("of the run (default: 0)", "N")]
 Root = Annotated[str | None, _option("where data lies (default: $EFFNET_DATA, else ./data)", "DIR")]
 Report = Annotated[Path | None, _option("for NAME.json and NAME.png, a grid (default: reports/ in there)", "DIR")]
 Top = Annotated[int, _option("how many classes (default: 5)", "N")]
-Output = Annotated[str | None, _option("NAME.onnx or NAME.pt2 (default: model.onnx in the run's folder)", "FILE")]
+Output = Annotated[str | None, _option("NAME.onnx, .pt2 or .safetensors (default: model.onnx of the run)", "FILE")]
 Limit = Annotated[int | None, _option("only so many, drawn at random (default: all 50,000)", "N")]
 
 
@@ -336,9 +336,13 @@ def predict(network: Trained, files: Files, top: Top = 5, device: Device = None)
 
 @app.command()
 def export(network: Trained, output: Output = None):
-    """Write a trained network as ONNX or torch.export program."""
+    """Write a trained network as ONNX or torch.export program, or a run's weights in half precision."""
     folder = Path(network).parent if network.endswith("run.json") else Path(network)
     output = output or (folder / "model.onnx" if folder.is_dir() else f"{network}.onnx")
+    if str(output).endswith(".safetensors"):
+        use.write_half(folder, output)
+        print(f"written to {output}")
+        return
     difference = use.export(network, output)
     print(f"written to {output}; its logits differ from the network's by {difference:.1e} of the greatest")
 

@@ -52,7 +52,7 @@ def execution_mode(config: TrainConfig, device: torch.device, several: bool) -> 
 class CapturedTrainer(Trainer):
     """A trainer on one GPU that replays forward and backward pass of a micro-batch as a CUDA graph.
 
-    With small images a GPU computes faster than Python launches kernels, some 1,300 in a step of B0. The graph replaces
+    With small images a GPU computes faster than Python launches kernels, some 1,200 in a step of B0. The graph replaces
     all but those of the optimizer and the moving average, which are few: they stay outside, so that learning rate and
     decay are ordinary numbers. The draws are those of the plain step, because a graph takes torch's seed when it runs.
     If the capture fails, training goes on without it."""

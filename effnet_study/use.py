@@ -55,14 +55,15 @@ def load_trained(run_dir: str | Path, model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def write_half(run_dir: str | Path) -> Path:
-    """Write the weights of a finished run in half precision, small enough for the repository. `load_run` reads
-    them where the full ones are missing."""
+def write_half(run_dir: str | Path, output: str | Path) -> None:
+    """Write the weights of a finished run in half precision, small enough for the repository. Under the name
+    HALF_WEIGHTS in the run's folder `load_run` reads them where the full ones are missing."""
     run_dir, record = Path(run_dir), read_record(run_dir)
+    if record is None or not (run_dir / WEIGHTS).exists():
+        raise FileNotFoundError(f"{run_dir}: expected the folder of a finished run that has its {WEIGHTS}")
     weights = read_weights(run_dir / WEIGHTS, record.get("weights_sha256"))
     half = {name: x.half() if x.is_floating_point() else x for name, x in weights.items()}
-    replace_file(run_dir / HALF_WEIGHTS, safetensors.torch.save(half, {"record": record["sha256"]}))
-    return run_dir / HALF_WEIGHTS
+    replace_file(Path(output), safetensors.torch.save(half, {"record": record["sha256"]}))
 
 
 def load_run(source: str | Path) -> tuple[nn.Module, dict]:

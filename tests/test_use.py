@@ -33,7 +33,7 @@ from effnet_study.pretrained import TORCHVISION_MODELS, create_model
 from effnet_study.profile import load_profile
 from effnet_study.record import read_record
 from effnet_study.run import Run
-from effnet_study.use import Classifier, export, load_classifier, load_run, predict, write_half
+from effnet_study.use import Classifier, export, load_classifier, load_run, predict
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -e '.[export]'")
 
@@ -479,10 +479,10 @@ def test_torchvisions_networks_train_by_the_same_trainer(name, profile_file, tmp
     assert evaluate(model, test, "test", 32)["loss"] == pytest.approx(record["test"]["loss"], rel=1e-4)
 
 
-def test_half_precision_serves_where_the_full_weights_are_missing(trained, tmp_path):
+def test_half_precision_serves_where_the_full_weights_are_missing(trained, tmp_path, capsys):
     run = Path(shutil.copytree(trained[0], tmp_path / "run"))
     images, (whole, about) = torch.rand(4, 3, 16, 16), load_run(run)
-    write_half(run)
+    assert main(["export", str(run), "--output", str(run / "weights_half.safetensors")]) == 0
     full = run / "weights.safetensors"
     assert (run / "weights_half.safetensors").stat().st_size < 0.52 * full.stat().st_size
     full.rename(tmp_path / "away")
@@ -491,6 +491,8 @@ def test_half_precision_serves_where_the_full_weights_are_missing(trained, tmp_p
     record.write_record(run, {name: value for name, value in about.items() if name != "sha256"} | {"seed": 8})
     with pytest.raises(ValueError, match="weights_half.safetensors has the weights of another run"):
         load_run(run)
+    assert main(["export", str(run), "--output", str(tmp_path / "again.safetensors")]) == 2  # the full ones are away
+    assert "finished run that has its weights.safetensors" in capsys.readouterr().err
 
 
 KEPT = sorted((ROOT / "results").glob("*/runs/*/weights_half.safetensors"))
