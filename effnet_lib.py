@@ -266,7 +266,8 @@ class EfficientNet(nn.Module):
         x = self.features(x)  # (N, C_head, h, w)
         x = x.mean((2, 3))  # (N, C_head)
         x = self.dropout(x)
-        with torch.autocast("cuda", enabled=False):  # in bf16 the best two logits of some images would be equal
+        device = "cpu" if x.device.type == "cpu" else "cuda"
+        with torch.autocast(device, enabled=False):  # in bf16 the best two logits of some images would be equal
             return self.classifier(x.to(self.classifier.weight.dtype))  # (N, num_classes)
 
 
@@ -527,7 +528,7 @@ class Trainer:
         return loss
 
     def backward(self, images: Tensor, labels: Tensor, epoch: int = 0, step: int = 0) -> Tensor:
-        """Add the gradient of the mean loss over these images, in equal micro-batches. Return the loss."""
+        """Add the gradient of the mean loss over these images, in micro-batches of about one size. Return the loss."""
         total, first = torch.zeros((), device=self.device), 0
         parts = max(1, min(math.ceil(len(labels) / self.micro_batch), len(labels) // 2))  # of two images or more
         for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):

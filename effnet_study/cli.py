@@ -28,13 +28,14 @@ from effnet_study.data.inspect import describe_data, inspect_data, sample_grid
 from effnet_study.data.load import data_root, load_data
 from effnet_study.data.sources import NAMES, DataSettings
 from effnet_study.execution.notebook import TRY_AGAIN
-from effnet_study.files import holder_of, print_any_text, write_json
+from effnet_study.files import RunLocked, holder_of, print_any_text, write_json
 from effnet_study.machine import choose_device
 from effnet_study.methods import METHOD_NAMES, network_costs, parse_method
 from effnet_study.model_run import plan_model
 from effnet_study.pretrained import TORCHVISION_MODELS
 from effnet_study.profile import load_profile, read_yaml
 from effnet_study.search import all_candidates
+from effnet_study.stop import ProcessKilled
 from effnet_study.study import Launcher
 from effnet_study.study import plan as plan_study
 
@@ -375,8 +376,9 @@ def repeat_options(arguments: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the `effnet` command. Return its exit status: 0; 1 if a run or the analysis is not finished; 2 after an
-    error; 75 if it stopped in time, or another process is at work, and the same command continues."""
+    """Run the `effnet` command. Return its exit status: 0; 1 if a run of a study or search, or the analysis, is not
+    finished; 2 after an error; 75 if it stopped in time, another process is at work, or a GPU failed: the same command
+    continues."""
     print_any_text()
     # A scheduler's SIGTERM must reach the kernels as an interrupt; a background shell starts us with SIGINT ignored
     signal.signal(signal.SIGTERM, _interrupt)
@@ -387,6 +389,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return command.invoke(context) or 0
     except typer.Exit as end:  # after --help
         return end.exit_code
+    except (RunLocked, ProcessKilled) as error:
+        print(f"effnet: {error}", file=sys.stderr)
+        return TRY_AGAIN
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError, typer.exceptions.TyperException) as error:
         words = error.format_message() if isinstance(error, typer.exceptions.TyperException) else str(error)
         if isinstance(error, ModuleNotFoundError):

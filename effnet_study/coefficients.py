@@ -6,7 +6,7 @@ from pathlib import Path
 
 from effnet_lib import compound_scaling
 from effnet_study.profile import Profile
-from effnet_study.record import baseline_coefficients
+from effnet_study.record import baseline_coefficients, recipe
 
 COEFFICIENTS = "coefficients.json"  # in the study's folder
 
@@ -38,7 +38,9 @@ def made_by(profile: Profile) -> dict:
     network = {"base_resolution": profile.base_resolution, "stem_stride": profile.stem_stride}
     network["baseline"] = baseline_coefficients(profile.baseline)
     data = {key: value for key, value in profile.data.given().items() if key != "title"}
-    return {"search": profile.search.model_dump(mode="json"), "recipe": dict(profile.train), "data": data, **network}
+    search = profile.search.model_dump(mode="json", exclude={"train"})
+    recipes = {"recipe": recipe(profile.train), "candidates": recipe(profile.train | profile.search.train)}
+    return {"search": search, **recipes, "data": data, **network}
 
 
 def describe_search(found: Mapping) -> str:
@@ -46,7 +48,7 @@ def describe_search(found: Mapping) -> str:
     best = "alpha {alpha:g}, beta {beta:g}, gamma {gamma:g} has the highest minival score, {minival_top1:.2f} %"
     words = f"{best.format(**found)}, of {found['finished']} candidates. "
     if found["finished"] == 1:
-        return words + "No other candidate was trained, so nothing can be said of its certainty."
+        return words + "No other candidate has finished, so nothing can be said of its certainty."
     words += f"It ranks first in {found['best_in_percent_of_draws']:.0f} % of resampled validation sets; "
     words += f"{len(found['not_told_apart'])} of the other candidates cannot be distinguished from it."
     return words if found["seeds"] > 1 else f"{words} Seed noise, which is larger, is not included."

@@ -31,7 +31,7 @@ def gpu_count(device: str | torch.device | None = None) -> int:
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """Return `device`, or a GPU if there is one.
+    """Return `device`, cpu or cuda, or a GPU if there is one.
 
     ValueError if torch finds no GPU although one is asked for, or although there is one and no device is asked for:
     without the error a study would silently take days on the CPU."""
@@ -43,6 +43,8 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
             "given the GPU. To train on the CPU: --device cpu, or CUDA_VISIBLE_DEVICES=-1"
         )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {str(device)!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {str(device)!r} was asked for, but torch finds no CUDA GPU; use 'cpu'")
     return device
@@ -164,10 +166,9 @@ def environment(device: torch.device) -> dict:
 
 
 def git(*words: str, root: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run git on a checkout, which may be another user's: git accepts such a one only if it is named. OSError without
-    git."""
-    named = ["--git-dir=.git", "--work-tree=."] if (root / ".git").exists() else []
-    command = ["git", "-C", str(root), *named, *words]
+    """Run git on this checkout, and on no other one around it. Git accepts another user's only if it is named. OSError
+    without git."""
+    command = ["git", "-C", str(root), "--git-dir=.git", "--work-tree=.", *words]
     return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
 
 

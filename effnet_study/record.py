@@ -96,7 +96,7 @@ def read_record(run_dir: str | Path, name: str = "run.json") -> dict | None:
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}{got}") from None
         if (record["schema"] > 1 or "sha256" in record) and record.get("sha256") != _digest(record):
             raise ValueError("its digest does not match: it was changed after it was written")
-    except (OSError, ValueError) as error:
+    except (IsADirectoryError, ValueError) as error:  # another OSError says nothing about the record
         raise ValueError(f"{path} is damaged ({error}); restore it, or delete it to run again") from None
     return upgrade(record)
 

@@ -38,6 +38,14 @@ from effnet_study.training import train
 ENDED = ("finished", "failed", "diverged")
 
 
+def _as_expected(data: ImageData, config: TrainConfig) -> ImageData:
+    """Return the data as the weights with which training begins expect it: ImageNet's with ImageNet's mean and std."""
+    if not config.pretrained:
+        return data
+    mean, std = (255 * torch.tensor(values, device=data.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return dataclasses.replace(data, mean=mean, std=std)
+
+
 @dataclass(frozen=True)
 class Run:
     """One planned network: a method and a seed of a profile, and where its results go."""
@@ -121,9 +129,7 @@ class Run:
         With several devices, each has a process: torch's elastic launcher starts them here, or torchrun has started
         this one. deadline, tensorboard: as in `training.train`.
         """
-        if self.config.pretrained:
-            mean, std = (255 * torch.tensor(values, device=data.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
-            data = dataclasses.replace(data, mean=mean, std=std)
+        data = _as_expected(data, self.config)
         processes, record = self._processes(device), read_record(self.run_dir)
         if record is not None and (differences := self.differences(record)):
             raise RunMismatch(
@@ -281,6 +287,7 @@ def pilot(
     label = "_".join(f"{key}={value}" for key, value in sorted(words.items())) or "as_it_is"
     about = run.about | {"pilot": dict(changes), "scored": "minival"}
     run_dir = run.study_dir / "pilots" / f"{label}_seed{seed}"
+    data = _as_expected(data, run.config)
     return train(run.model(len(data.classes)), data, run.config, run_dir, about=about, device=device)
 
 

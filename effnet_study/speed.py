@@ -32,7 +32,7 @@ from effnet_study.execution.notebook import run_notebook
 from effnet_study.files import RESULTS, save_table, write_json
 from effnet_study.machine import choose_device, device_name, environment, keep_freed_memory, peak_memory, prepare
 from effnet_study.methods import scaled_cost
-from effnet_study.trainers import prepare_trainer
+from effnet_study.trainers import count_steps, prepare_trainer
 
 # ---- 1. Training steps ---------------------------------------------------------------------------------------------
 
@@ -274,13 +274,16 @@ def measure_input(px: int, device: torch.device, batch_size: int, rounds: int, l
 # ---- 3. The time of a run ------------------------------------------------------------------------------------------
 
 
-def estimate_seconds(model: nn.Module, data, config: TrainConfig, device: torch.device, budget: float = 10) -> float:
+def estimate_seconds(
+    model: nn.Module, data, config: TrainConfig, device: torch.device, budget: float = 10, processes: int = 1
+) -> float:
     """Estimate the seconds that `training.train` will take here, scoring included, from as many steps as `budget`
-    seconds allow: at least two, on a GPU at least eight, because the first ones compile and choose kernels."""
+    seconds allow: at least two, on a GPU at least eight, because the first ones compile and choose kernels.
+    processes: GPUs that share each step. One share is measured, without the exchange of gradients."""
     marks, least = [time.perf_counter()], 8 if device.type == "cuda" else 2
+    steps = count_steps(data, config)
     trainer, data = prepare_trainer(model, config, device), data.to(device)
-    steps = data.counts["train"] // config.batch_size
-    for step, (images, labels) in enumerate(data.train_batches(config, 0)):
+    for step, (images, labels) in enumerate(data.train_batches(config, 0, shard=(0, processes))):
         trainer.step(images, labels, 0, step, steps).item()  # waits for the device
         marks.append(time.perf_counter())
         if step + 1 >= least and marks[-1] - marks[1] > 0.8 * budget:

@@ -77,7 +77,8 @@ class Launcher:
                 held.append(self.study_dir / "search")
             finished = [run for run in self.runs if run.state() == "finished"]
             analysed = True
-            if finished and not held and self._to_analyse:
+            # `make report` may have executed 05 meanwhile, of fewer runs
+            if finished and not held and (self._to_analyse or (self.analysis is None and todo)):
                 try:
                     analysed = self._analyse()
                 except RunLocked:
@@ -114,7 +115,7 @@ class Launcher:
 
     def _close(self, stop: Path) -> bool:
         """Do what is left of a study after its array job."""
-        return replace(self, stop=stop).study() == 0
+        return replace(self, stop=stop, analysis=self.analysis is not False).study() == 0
 
     # ---- 2. What there is to do ------------------------------------------------------------------------------------
 
@@ -222,13 +223,13 @@ def plan(
         print(f"Skipped until the search has run: {len(todo) - len(runs)}; {todo[0].command('search')}")
     if runs:
         data = load_data(**profile.data.given(), download=False)
-    jobs, threads, _ = plan_workers(len(runs), profile, device, jobs, threads)
+    jobs, threads, processes = plan_workers(len(runs), profile, device, jobs, threads)
     one_of_each, times, cores = {run.method: run for run in reversed(runs)}, {}, torch.get_num_threads()
     torch.set_num_threads(threads or cores)
     for method, run in one_of_each.items():
         print(f"measuring {method} at {run.config.resolution} px", flush=True)
         model, budget = run.model(len(data.classes)), seconds / len(one_of_each)
-        times[method] = estimate_seconds(model, data, run.config, choose_device(device), budget)
+        times[method] = estimate_seconds(model, data, run.config, choose_device(device), budget, max(1, processes))
     torch.set_num_threads(cores)
     rows = [
         {"method": run.method, "seed": run.seed, "status": run.state(), "px": run.config.resolution}

@@ -36,6 +36,13 @@ def prepare_trainer(
     return trainer
 
 
+def count_steps(data, config: TrainConfig) -> int:
+    """Return the optimizer steps of an epoch. ValueError if not even one batch can be made of the training images."""
+    if data.counts["train"] < config.batch_size:
+        raise ValueError(f"batch_size: {config.batch_size} exceeds the training set's {data.counts['train']} images")
+    return data.counts["train"] // config.batch_size
+
+
 def execution_mode(config: TrainConfig, device: torch.device, several: bool) -> str:
     """Return how steps are executed: "blocks" (compiled one by one), "graph" (captured) or "never" (neither)."""
     mode, on_gpu = config.compile, device.type == "cuda"
@@ -61,15 +68,18 @@ class CapturedTrainer(Trainer):
         super().__init__(model, config, device)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.stream = torch.cuda.Stream(device)  # torch captures on a stream other than the default one
-        self.kind = self.replay = None  # shapes and weight of a micro-batch; what runs the captured graph
+        self.size = self.kind = None  # micro_batch; shapes and weight of the micro-batches that are captured
+        self.replay = None  # what runs the captured graph
 
     def add_gradient(self, images: Tensor, labels: Tensor, weight: float, last: bool) -> Tensor:
-        if self.kind != (kind := (images.shape, labels.shape, weight)):  # the first one, or memory ran out
-            self.kind, self.seen, self.replay = kind, 0, None
-        self.seen += 1
-        if self.replay is None and self.seen > WARM_UP and self.mode == "graph":
+        kind = (images.shape, labels.shape, weight)
+        if self.size != self.micro_batch:  # the first one, or memory ran out
+            self.size, self.kind, self.seen, self.replay = self.micro_batch, kind, 0, None
+        captured = kind == self.kind  # a batch that cannot be divided equally has smaller ones too, which run plainly
+        self.seen += captured
+        if captured and self.replay is None and self.seen > WARM_UP and self.mode == "graph":
             self.capture(images, labels)
-        if self.replay is None:
+        if not captured or self.replay is None:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 loss = super().add_gradient(images, labels, weight, last)

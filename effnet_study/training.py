@@ -44,7 +44,7 @@ from effnet_study.parallel import MICRO_BATCH, Group, join
 from effnet_study.record import assemble, check_identity, identity_of, read_record, write_record
 from effnet_study.stop import Interrupted, ProcessKilled, Stop
 from effnet_study.tensorboard import event_writer
-from effnet_study.trainers import prepare_trainer
+from effnet_study.trainers import count_steps, prepare_trainer
 
 
 def train(
@@ -75,11 +75,11 @@ def train(
 
     Raises Interrupted after a stop in time, SIGTERM or SIGINT; ValueError if run_dir holds another run, or a batch
     exceeds the training set; RunLocked if another process trains the run; OSError if a file cannot be read or written;
-    ProcessKilled if a GPU fails. All of these leave a run that can be continued. Any other error ends it as "failed".
+    ProcessKilled if a GPU fails. All of these leave a run that can be continued. Any other error ends it as "failed";
+    of several processes, their launcher does this.
     """
     run_dir, device, about = Path(run_dir), choose_device(device), about or {}
-    if data.counts["train"] < config.batch_size:
-        raise ValueError(f"batch_size: {config.batch_size} exceeds the training set's {data.counts['train']} images")
+    count_steps(data, config)  # raises ValueError before anything is written
     dataset, cost = data.describe(), count_cost(model, config.resolution)
     identity = identity_of(config, cost, dataset)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ class Training:
 
     def __post_init__(self) -> None:
         self.data, self.counts = self.data.to(self.device), self.data.counts
-        self.steps = self.counts["train"] // self.config.batch_size
+        self.steps = count_steps(self.data, self.config)
         self.trainer = prepare_trainer(self.model, self.config, self.device, self.group)
         self.dtype = str(amp_dtype(self.config.precision, self.device)).removeprefix("torch.")
         # step, loss (summed) and seconds are those of the epoch that is under way
@@ -270,7 +270,7 @@ class Training:
             "micro_batch": self.trainer.micro_batch,
             "dtype": self.dtype,
             "compiled": self.trainer.mode == "blocks",
-            "captured": self.trainer.mode == "graph",
+            "captured": getattr(self.trainer, "replay", None) is not None,
             "devices": self.group.world,
             "started": self.progress["started"],
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -322,6 +322,8 @@ class Training:
         if self.group.rank == 0 and self.progress["step"]:
             self.show(self.progress["step"], self.progress["seconds"])
         where = f"epoch {len(self.history) + 1} after step {self.progress['step']} of {self.steps}"
+        if len(self.history) == self.config.epochs:
+            where = "the scoring of test, which will start again"
         raise Interrupted(f"{self.label}  stopped by {self.stop.reason} in {where}")
 
     def show(self, step: int, seconds: float) -> None:

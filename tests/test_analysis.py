@@ -422,7 +422,7 @@ def test_the_page_says_what_ran_and_what_came_out(changeable):
     assert page.startswith("# Tiny\n") and "pipeline check, not evidence" in page and "35 of 35 planned" in page
     assert "## Contrasts" in page and "Verdict" not in page and "![lengths](figures/lengths.png)" in page
     assert "![figure8]" not in page and "Not as planned" not in page
-    assert "| compound | 1.40 | 1.20 | 1.30 |" in page and "| 77.00 | 76.90 to 77.10 | 0.08 | 81.1 | 0.1 | 7 |" in page
+    assert "| compound | 1.40 | 1.20 | 1.30 |" in page and "| 77.00 | 76.90 to 77.10 | 0.08 | 81.1 | 0.2 | 7 |" in page
     short = load_profile(whole.with_name("short.yaml"))
     first, *_, last = plan_runs(short, results, ["baseline"])
     write_record(first, status="failed", error="no", **first.about)
@@ -438,6 +438,9 @@ def test_the_page_says_what_ran_and_what_came_out(changeable):
     assert "2.0 hours of computing within 49.0 hours,\n  2026-01-02 03:04 to 2026-01-04 04:04 UTC" in page
     assert "so batch norm saw 10 images at a time instead of 20\n" in page and "13 of 15 planned" in page
     assert "all 15 runs take about 2.04 core-hours: 0.509 hours on 4 cores and 0.254 hours on 8 cores" in page
+    done = next(run for run in plan_runs(short, results) if run.state() == "finished")
+    write_record(done, device={"type": "cpu", "name": "box, 2 threads"}, **done.about)  # two cores of several
+    assert "All 15 runs take about 2.04 hours of one device like this one" in page_of(short, results)
 
 
 def test_the_page_of_an_ablation_has_its_table_and_figure(changeable):

@@ -257,6 +257,14 @@ def test_a_rare_class_is_named_with_the_settings_that_help(images, image_folder,
         assert (load_data(f"folder:{folder}", tmp_path, minival=0.3, test=0.3).counts["minival"]) > 1
 
 
+def test_class_folders_without_a_readable_image_are_named(image_folder, tmp_path):
+    folder = image_folder(parts=("",), classes=("ant", "bee"))
+    for file in list(folder.rglob("*.*")):
+        file.rename(file.with_suffix(".heic"))
+    with pytest.raises(ValueError, match="class 'ant' has 0 of 0 images"):
+        load_data(f"folder:{folder}", tmp_path)
+
+
 def test_all_that_is_wrong_with_the_arguments_is_found_before_anything_is_decoded(image_folder, tmp_path, no_decoding):
     folder = image_folder(parts=("",), classes=("ant", "bee", "cat"))
     no_decoding()

@@ -115,6 +115,8 @@ def test_figure_8_stands_beside_the_papers_and_matched_networks_in_a_figure_of_t
     assert dots(left, "x") == [(2, 70)] and [top1 for _, top1 in dots(right, "x")[:2]] == [77.3, 79.0]
     (ax,) = figures.draw_matched(profile, points | {"depth": (9e6, [72]), "compound": (4e6, [73])}, done).axes
     assert [top1 for _, top1 in dots(ax, "x")] == [70, 71, 73]
+    alone = figures.draw_figure8(profile, {"depth_matched": (4e6, [71])}, done).axes[0]  # nothing else has finished
+    assert dots(alone, "x") == [(4, 71)]
 
 
 def test_methods_of_one_colour_have_dashes_of_their_own():

@@ -29,6 +29,11 @@ def test_a_gpu_that_torch_cannot_use_is_not_replaced_by_the_cpu(without_working_
     assert machine.choose_device("cpu") == torch.device("cpu")
 
 
+def test_other_kinds_of_devices_are_refused():
+    with pytest.raises(ValueError, match="device: expected cpu or cuda, got 'mps'"):
+        machine.choose_device("mps")
+
+
 @pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
 def test_a_hidden_gpu_is_not_missed(without_working_gpu, monkeypatch, hidden):
     without_working_gpu.touch()

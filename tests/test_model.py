@@ -378,6 +378,13 @@ def test_a_network_uses_the_kernels_once_it_is_asked_to(tiny_model):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_half_precision_leaves_the_logits_whole(tiny_model):
+    model = tiny_model().eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features, logits = model.features(torch.randn(2, 3, 32, 32)), model(torch.randn(2, 3, 32, 32))
+    assert features.dtype == torch.bfloat16 and logits.dtype == torch.float32
+
+
 @pytest.mark.parametrize("resolution, accelerated", [(32, True), (47, True), (64, True), (64, False)])
 def test_a_training_step_equals_torchvisions(resolution, accelerated):
     """Logits, gradients and running statistics in training, where maps are small enough for every kernel."""

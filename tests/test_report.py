@@ -144,11 +144,12 @@ def test_the_sign_of_compounds_surplus_is_told_here_and_at_the_papers_size(rebui
 def test_the_headline_is_printed_everywhere(rebuilt, study, report, poster):
     found = outcome(study)
     assert found["headline"] == (
-        "Undecided at pocket scale, on Digits (made up) at matched FLOPs: the mean of compound scaling is so far 2.6 "
-        "points higher than depth's, 1.6 higher than width's and 1.4 higher than resolution's."
+        "Undecided at pocket scale: at matched FLOPs on Digits (made up), compound minus depth is +2.6 points "
+        "(−9.1 to +14.2), minus width +1.6 (−10.1 to +13.2) and minus resolution +1.4 (−2.2 to +5.0)."
     )
-    for words in (found["headline"], found["prefix"]):
-        assert words in report and words in poster
+    assert plain(found["headline"]) in report and found["prefix"] in report
+    for words in (found["prefix"], found["lead"], capital(found["detail"])):
+        assert plain(words) in poster
     assert found["headline"] in (rebuilt / "README.md").read_text()
 
 
@@ -252,14 +253,15 @@ def decided(folder: Path, verdict: str | None, purpose: str = "evidence", n: int
     words = WORDS[verdict or "inconclusive"]
     rows = [
         {"claim": "compound_matched", "target": "compound", "other": f"{axis}_matched", "difference": difference}
-        | {"n": n, "outcome": word}
+        | {"n": n, "outcome": word, "low": difference - 1, "high": difference + 1}
         for axis, word, difference in zip(("depth", "width", "resolution"), words, (3, 2.25, -1), strict=True)
     ]
     pd.DataFrame(rows).to_csv(tables / "contrasts.csv", index=False)
     claim = {"key": "compound_matched", "title": "compound wins", "budget": "matched", "complete": True, "seeds": n}
     claim |= {"outcome": verdict, "sentences": [], **changes}
     (tables / "verdict.json").write_text(json.dumps({"claims": [claim]}))
-    runs = pd.DataFrame({"status": "finished", "method": "compound", "seed": range(n), "data": "Images"})
+    runs = pd.DataFrame({"method": "compound", "seed": range(5), "data": "Images"})
+    runs["status"] = ["finished"] * n + ["missing"] * (5 - n)
     return Study(profile, folder, runs)
 
 
@@ -268,27 +270,27 @@ def decided(folder: Path, verdict: str | None, purpose: str = "evidence", n: int
     [
         (
             *("reproduced", "evidence", 5, True, "[Re]"),
-            *("Compound scaling wins at pocket scale, on Images at matched FLOPs: its", "reproduced"),
+            *("Compound scaling wins at pocket scale: at matched FLOPs on Images, compound", "reproduced"),
         ),
         (
             *("contradicted", "evidence", 5, True, "[¬Re]"),
-            *("Compound scaling does not beat each single axis at pocket scale,", "contradicted"),
+            *("Compound scaling does not beat each single axis at pocket scale:", "contradicted"),
         ),
         (
             *("inconclusive", "evidence", 5, True, "[Re: undecided]"),
-            *("Undecided at pocket scale, on Images at matched FLOPs:", "inconclusive"),
+            *("Undecided at pocket scale: at matched FLOPs on Images,", "inconclusive"),
         ),
         (
             *("reproduced", "evidence", 4, True, "[Re: undecided]"),
-            *("Undecided at pocket scale, on Images at matched", "reproduced"),
+            *("Undecided at pocket scale: at matched", "reproduced"),
         ),
         (
             *("reproduced", "evidence", 5, False, "[Re: undecided]"),
-            *("Undecided at pocket scale, on Images", "reproduced, until all of its planned runs have ended"),
+            *("Undecided at pocket scale:", "reproduced, until all of its planned runs have ended (5 of 5)"),
         ),
         (
             *(None, "exploratory", 5, True, "[Re: undecided]"),
-            *("Undecided at pocket scale, on Images at matched", "compared, without a verdict"),
+            *("Undecided at pocket scale: at matched", "compared, without a verdict"),
         ),
     ],
 )
@@ -297,25 +299,34 @@ def test_title_and_headline_follow_from_the_verdict(tmp_path, verdict, purpose, 
     found = outcome(one)
     assert found["prefix"] == prefix
     assert found["headline"].startswith(lead)
-    assert found["headline"].endswith(
-        "3.0 points higher than depth's, 2.2 higher than width's and 1.0 lower than resolution's."
-    )
-    assert [claim["status"] for claim in one.claims] == [status]
+    assert found["headline"] == f"{found['lead']}: {found['detail']}"
+    said = "minus depth is +3.0 points (+2.0 to +4.0), minus width +2.3 (+1.3 to +3.3) "
+    said += "and minus resolution −1.0 (−2.0 to +0.0)"
+    assert found["headline"].endswith(f"{said}, so far with {n} of 5 seeds." if n < 5 else f"{said}.")
+    assert [claim["status"] for claim in one.claims if claim["key"] == "compound_matched"] == [status]
+    others = [claim["status"] for claim in one.claims if claim["key"] != "compound_matched"]
+    assert others == (["not tested yet"] * 2 if purpose == "evidence" else [])
 
 
 def test_matched_flops_are_the_headline_before_the_published_coefficients(tmp_path):
     one = decided(tmp_path / "images", "reproduced")
     path, contrasts = one.study_dir / "tables" / "verdict.json", one.study_dir / "tables" / "contrasts.csv"
     claim, table = json.loads(path.read_text())["claims"][0], pd.read_csv(contrasts)
-    pd.concat([table.assign(claim="compound_published", difference=9), table]).to_csv(contrasts, index=False)
+    both = pd.concat([table.assign(claim="compound_published", difference=9, low=8, high=10), table])
     published = claim | {"key": "compound_published", "budget": "published"}
     for claims, words in (
-        ([published, claim], "at matched FLOPs: its mean is 3.0 points higher than depth's, 2.2 higher"),
-        ([published], "at the published coefficients: its mean is 9.0 points higher than depth's, 9.0 higher"),
+        ([published, claim], "wins at pocket scale: at matched FLOPs on Images, compound minus depth is +3.0 points"),
+        (
+            [published],  # reproduced or not: it does not decide
+            "Undecided at pocket scale: no network at matched FLOPs, which decide, is finished yet. At the published "
+            "coefficients on Images, compound minus depth is +9.0 points",
+        ),
         ([claim | {"key": "axes_help"}], "the networks that the claim compares are not finished yet"),
     ):
         path.write_text(json.dumps({"claims": claims}))
-        assert words in outcome(dataclasses.replace(one))["headline"]
+        both[both["claim"].isin([claim["key"] for claim in claims])].to_csv(contrasts, index=False)
+        found = outcome(dataclasses.replace(one))
+        assert words in found["headline"] and (found["prefix"] == "[Re]") == ("wins" in words)
 
 
 def test_a_network_is_not_compared_with_itself(tmp_path):
@@ -324,9 +335,8 @@ def test_a_network_is_not_compared_with_itself(tmp_path):
     table = pd.read_csv(path)
     table.loc[0, "outcome"] = "same network"
     table.to_csv(path, index=False)
-    assert outcome(one)["headline"].endswith(
-        "its mean is 2.2 points higher than width's and 1.0 lower than resolution's."
-    )
+    said = "compound minus width is +2.3 points (+1.3 to +3.3) and minus resolution −1.0 (−2.0 to +0.0)."
+    assert outcome(one)["headline"].endswith(said)
 
 
 def test_tables_of_other_runs_decide_nothing(tmp_path):
@@ -367,11 +377,11 @@ def test_documents_without_results_say_so(tmp_path):
     report, pages = compile_typst(REPORT, facts, results)
     report = text_of(io.BytesIO(report))
     assert said in report and "Nothing is finished yet" in report and "45 runs are planned" in report and pages < 8
-    assert "No pilot is finished" in report and "Until five seeds are in, nothing is decided" in report
+    assert "No pilot is finished" in report and "A claim is decided when all of its own runs have ended" in report
     poster, pages = compile_typst(POSTER, facts, results)
-    assert said in text_of(io.BytesIO(poster)) and pages == 1
+    assert "No run of the study is finished yet." in text_of(io.BytesIO(poster)) and pages == 1
     assert said in results_block(one) and "0 pilots" in results_block(one)
-    assert one.missing == [f"no run of mini is finished; to run it: effnet study {name}"]
+    assert one.missing == [f"no run of mini is finished; to run it: effnet study {name} --results {results}"]
 
 
 def test_an_unknown_profile_is_refused():
@@ -394,7 +404,7 @@ def test_part_of_the_runs_with_one_seed_is_called_so_everywhere(copied):
     for name in ("verdict.json", "table7_cost.csv", "lengths.csv"):
         (tables / name).unlink()
     one = dataclasses.replace(copied, runs=runs)
-    said = "Unfinished: 10 of 18 planned runs have ended. Until five seeds are in, nothing is decided."
+    said = "Unfinished: 10 of 18 planned runs have ended. A claim is decided when all of its own runs have ended."
     assert one.unfinished == said and said in results_block(one)
     others = "baseline, depth, width, resolution, depth matched, width matched, resolution matched and fast compound"
     assert one.missing == [
@@ -450,7 +460,7 @@ def test_a_baseline_that_diverged_is_a_row_less(copied):
 def test_a_poster_of_two_pages_is_refused(study, tmp_path, monkeypatch):
     """A text that is too long would continue on a second page without a word."""
     facts = gather(study)
-    facts["outcome"] |= {"headline": "A very long headline. " * 60}
+    facts["outcome"] |= {"lead": "A very long headline. " * 60}
     assert compile_typst(POSTER, facts, study.results)[1] > 1
     monkeypatch.setattr(compose, "compile_typst", lambda source, *arguments: (b"", 2))
     with pytest.raises(RuntimeError, match="expected one page, got 2"):
@@ -538,5 +548,5 @@ def test_a_readme_without_marks_is_refused():
 
 def test_lists_numbers_and_sentences_read_well():
     assert [listed(names) for names in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
-    assert [number(2.345), number(float("nan")), number(1234.5, ",.0f")] == ["2.35", "–", "1,234"]
+    assert [number(2.345), number(float("nan")), number(1234.5, ",.0f")] == ["2.35", "–", "1,235"]
     assert capital("compound and Depth") == "Compound and Depth" and capital("") == ""

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 import math
+from unittest import mock
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,6 +26,7 @@ from effnet_study.methods import coefficient_grid, figure8_lines
 from effnet_study.record import read_record
 from effnet_study.run import plan_runs
 from effnet_study.search import all_candidates
+from effnet_study.stop import ProcessKilled
 
 
 @pytest.fixture
@@ -201,6 +204,28 @@ def test_coefficients_stand_though_words_and_methods_change(profile_file, search
     data = {"name": "digits", "size": 16, "train_per_class": 4, "title": "Other words"}
     other = profile_file(title="Other", methods=["compound_searched"], search={"step": 0.4}, data=data, seeds=[7])
     assert searched_coefficients(study.load_profile(other), tmp_path / "tiny") == (1.0, 1.4, 1.0)
+
+
+def test_coefficients_stand_though_settings_change_that_decide_no_result(profile_file, searching, tmp_path):
+    profile = searching()
+    found(profile, tmp_path)
+    train = {**profile.train, "save_seconds": 60.0, "compile": "never", "rotate": 0.0}  # the last is the default
+    other = study.load_profile(
+        profile_file(methods=list(profile.methods), search={"step": 0.4, "train": {"save_steps": 5}}, train=train)
+    )
+    assert searched_coefficients(other, tmp_path / "tiny") == (1.0, 1.4, 1.0)
+
+
+@pytest.mark.parametrize(("error", "state"), [(RuntimeError, "failed"), (ProcessKilled, "missing")])
+def test_only_a_candidates_own_failure_is_a_hole_in_the_table(error, state, tmp_path):
+    cells = nbformat.read(study.NOTEBOOKS / "03_coefficient_search.ipynb", 4).cells
+    (cell,) = (cell.source for cell in cells if "candidate.train(" in cell.source)
+    candidate = mock.Mock(train=mock.Mock(side_effect=error("CUDA error")), state=lambda: state)
+    names = {"study": mock.MagicMock(), "chosen": mock.Mock(data=mock.Mock(given=dict)), "folder": tmp_path}
+    names |= {"candidates": [candidate], "hold": contextlib.nullcontext, "device": None}
+    with pytest.raises(ProcessKilled) if error is ProcessKilled else contextlib.nullcontext():
+        exec(cell, names)
+    assert candidate.train.call_count == 1
 
 
 def test_what_waits_for_a_search_is_told(profile_file, tmp_path, capsys):

@@ -159,7 +159,7 @@ def test_the_contender_without_short_cuts_has_torchs_own_kernels(tiny_model, rec
 
 def test_the_time_of_a_run_is_estimated_from_a_few_steps(recipe, monkeypatch):
     """A first step of 10 s, further ones of 2 s; 25 images are scored in 9 s at first, then in 3 s."""
-    clock, taken, scored = [0.0], [], []
+    clock, taken, scored, shards = [0.0], [], [], []
 
     def step(images, labels, epoch, step, steps):
         clock[0] += 2 if taken else 10
@@ -182,7 +182,8 @@ def test_the_time_of_a_run_is_estimated_from_a_few_steps(recipe, monkeypatch):
         def to(self, device):
             return self
 
-        def train_batches(self, config, epoch):
+        def train_batches(self, config, epoch, shard):
+            shards.append(shard)
             return iter([(None, None)] * 10)
 
         def eval_batches(self, split, resolution, batch_size):
@@ -196,6 +197,10 @@ def test_the_time_of_a_run_is_estimated_from_a_few_steps(recipe, monkeypatch):
     # 4 epochs of 10 steps; minival 4 times and test twice, with the average and with the last weights
     assert seconds == pytest.approx(10 + 4 * 10 * 2 + (4 * 30 + 2 * 50) * 3 / 25)
     assert taken == [(0, 0, 10), (0, 1, 10), (0, 2, 10)]  # until 80 % of the 4 s are over, after the first step
+    estimate_seconds(None, Data(), config, torch.device("cpu"), processes=2)
+    assert shards == [(0, 1), (0, 2)]  # of several GPUs, one's share is timed
+    with pytest.raises(ValueError, match="batch_size: 128 exceeds the training set's 105 images"):
+        estimate_seconds(None, Data(), config.replace(batch_size=128), torch.device("cpu"))
 
 
 # ---- Tables, with medians and quartiles by hand

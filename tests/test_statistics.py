@@ -15,6 +15,7 @@ from effnet_study.analysis.statistics import (
     contrast,
     contrast_interval,
     contrast_rows,
+    half_up,
     joint_confidence,
     number,
     t_interval,
@@ -241,6 +242,11 @@ def test_calibration_has_fifteen_bins_whose_gaps_are_weighted_by_images():
     assert bins.index.tolist() == [7, 8] and bins["images"].tolist() == [1, 2]
     assert error == pytest.approx((51 + 2 * 6.5) / 3)
     assert calibration(np.array([0.2, 0.2000001]), np.array([True, True]))[1].index.tolist() == [2, 3]  # 0.2 = 3/15
+
+
+def test_ties_are_rounded_away_from_zero_whatever_their_binary_number():
+    values, texts = (45.855, 44.505, 2.675, -2.675, 48.38), ["45.86", "44.51", "2.68", "-2.68", "48.38"]
+    assert [f"{half_up(value):.2f}" for value in values] == texts and math.isnan(half_up(math.nan))
 
 
 @pytest.mark.parametrize(

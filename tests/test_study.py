@@ -3,6 +3,7 @@
 import json
 import re
 from types import SimpleNamespace
+from unittest import mock
 
 import filelock
 import numpy as np
@@ -22,11 +23,12 @@ from effnet_study.data.load import load_data
 from effnet_study.execution import local
 from effnet_study.execution.local import plan_workers
 from effnet_study.execution.notebook import TRY_AGAIN
-from effnet_study.files import hold, load_history, write_json
+from effnet_study.files import RunLocked, hold, load_history, write_json
 from effnet_study.methods import parse_method
 from effnet_study.profile import load_profile, profile_names
 from effnet_study.record import read_record
-from effnet_study.run import Run, load_runs, plan_runs
+from effnet_study.run import Run, load_runs, pilot, plan_runs
+from effnet_study.stop import ProcessKilled
 from effnet_study.study import plan
 
 # ---- profiles
@@ -338,6 +340,19 @@ def test_a_run_that_fails_is_told_and_tried_again_only_when_asked(profile_file, 
     assert not (width.run_dir / "checkpoint.pt").exists()  # a run that diverged starts again
 
 
+def test_an_analysis_of_fewer_runs_made_meanwhile_is_made_again(profile_file, tmp_path, pretended, monkeypatch):
+    (done, _), pretend = pretended, local.run_notebook
+
+    def as_make_report_does(notebook, output, parameters, **options):
+        pretend(notebook, output, parameters, **options)
+        output.with_name("05_analysis.ipynb").touch()
+
+    monkeypatch.setattr(local, "run_notebook", as_make_report_does)
+    path = profile_file(methods=["baseline"])
+    assert main(["study", str(path), "--results", str(tmp_path), "--device", "cpu"]) == 0
+    assert sorted(name for name, _ in done) == ["00_architecture", "01_baseline_b0", "05_analysis"]
+
+
 def test_a_part_of_a_study(profile_file, tmp_path, pretended):
     done, _ = pretended
     path = profile_file(methods=["baseline", "depth", "width"], seeds=[0, 1, 2])
@@ -415,6 +430,18 @@ def test_a_pilots_bad_setting_is_named(word, message, profile_file, tmp_path, ca
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_pilot_with_pretrained_weights_sees_images_as_these_expect(profile_file, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("effnet_study.run.train", lambda model, data, *arguments, **options: seen.append(data.mean))
+    monkeypatch.setattr(Run, "model", lambda self, num_classes: None)
+    profile = load_profile(profile_file())
+    for changes in ({}, {"pretrained": True}):
+        pilot(profile, changes, tmp_path)
+    imagenet = 255 * torch.tensor([0.485, 0.456, 0.406])
+    torch.testing.assert_close(seen[1], imagenet)
+    assert not torch.allclose(seen[0], imagenet, atol=1)
+
+
 def test_the_plan_prices_what_is_to_do(profile_file, tmp_path, capsys):
     path = profile_file(methods=["baseline", "width"], seeds=[0, 1])
     write_record(Run.plan(path, "baseline", 0, tmp_path))
@@ -464,6 +491,12 @@ def test_cost_by_stage_adds_up_to_the_whole(capsys):
 def test_bad_words_end_in_a_clear_error_and_status_2(arguments, message, capsys):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RunLocked, ProcessKilled])
+def test_a_run_that_is_held_or_lost_its_gpu_is_to_be_tried_again(error, monkeypatch, capsys):
+    monkeypatch.setattr("effnet_study.cli.plan_model", mock.Mock(side_effect=error("held by another process")))
+    assert main(["train", "quick", "b0"]) == 75 and "held by another process" in capsys.readouterr().err
 
 
 def test_status_lists_every_run(profile_file, tmp_path, capsys):

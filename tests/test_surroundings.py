@@ -278,6 +278,13 @@ def test_the_commit_of_another_users_checkout_is_read(tmp_path, monkeypatch):
     assert git_state(tmp_path) == {"commit": commit, "dirty": True}
 
 
+def test_the_commit_of_a_repository_around_this_one_is_not_taken(tmp_path, monkeypatch):
+    repository(tmp_path)
+    (tmp_path / "inside").mkdir()
+    monkeypatch.setenv("EFFNET_COMMIT", "abc")
+    assert git_state(tmp_path / "inside") == {"commit": "abc", "dirty": None}
+
+
 def test_a_checkout_whose_commit_cannot_be_read_is_not_passed_over(tmp_path, capsys):
     (tmp_path / ".git").mkdir()
     assert git_state(tmp_path) == {"commit": None, "dirty": None}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from effnet_study.analysis.statistics import CONFIDENCE, MARGIN, SAME, claim_outcome
+from effnet_study.analysis.statistics import CONFIDENCE, MARGIN, SAME, claim_outcome, half_up
 from effnet_study.methods import parse_method, spoken
 from effnet_study.profile import Profile
 from effnet_study.run import ENDED
@@ -93,7 +93,7 @@ def sentence(row) -> str:
         cost = f"{percent:.{0 if percent >= 1 else 2}f} % {'more' if row.flops_ratio > 1 else 'fewer'} FLOPs"
     place = "higher" if row.difference > 0 else "lower"
     interval = f"n = {row.n}, {100 * row.confidence:.3g} % interval {row.low:+.2f} to {row.high:+.2f}"
-    words = f"{target} is {abs(row.difference):.2f} points {place} than {other}, with {cost}: {row.outcome} "
+    words = f"{target} is {abs(half_up(row.difference)):.2f} points {place} than {other}, with {cost}: {row.outcome} "
     words += f"({interval if row.n > 1 else 'one seed'})"
     if isinstance(row.same_as, str):
         words += f". After rounding, these are the same two networks as {spoken(row.same_as)}, compared once"

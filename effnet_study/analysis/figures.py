@@ -106,7 +106,7 @@ def draw_figure8(profile: Profile, points: Mapping[str, tuple[float, Sequence[fl
     `draw_matched`."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
     unmatched = {method: point for method, point in points.items() if not method.endswith("_matched")}
-    draw_against_cost(left, unmatched, "million")
+    draw_against_cost(left, unmatched or points, "million")
     left.set(ylabel="test top-1 (%)", title=_heading(profile, done))
     paper = {method: (flops, [top1]) for method, (flops, top1) in PAPER_TABLE7.items()}
     draw_against_cost(right, paper, "billion")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from effnet_study.analysis.statistics import contrast_interval
+from effnet_study.analysis.statistics import contrast_interval, half_up
 from effnet_study.analysis.tables import changes_in_words, finished_runs, scores_by_method
 from effnet_study.files import RESULTS, load_history
 from effnet_study.methods import scaled_cost, spoken
@@ -20,7 +20,7 @@ def mistakes(profile: Profile, done: pd.DataFrame, table: pd.DataFrame) -> pd.Da
     if len(seeded := table[table["low"].notna()]):
         nearest, scores = seeded.loc[seeded["difference"].abs().idxmin()], scores_by_method(done)
         pair = f"{spoken(nearest['target'])} minus {spoken(nearest['other'])}"
-        here = "{difference:+.2f} points, {low:+.2f} to {high:+.2f}".format(**nearest)
+        here = f"{half_up(nearest['difference']):+.2f} points, {nearest['low']:+.2f} to {nearest['high']:+.2f}"
         single = np.subtract.outer(scores[nearest["target"]], scores[nearest["other"]])  # of all pairs of seeds
         wrong = f"{single.min():+.2f} to {single.max():+.2f} points, by the choice of seeds"
         rows.append(("one seed", pair, here, wrong))
@@ -29,7 +29,7 @@ def mistakes(profile: Profile, done: pd.DataFrame, table: pd.DataFrame) -> pd.Da
     best = [history["minival_top1"].max() for history in histories]
     for mistake, measure, right, wrong in (
         ("weights of the last step scored", "top-1", [*done["top1"]], [*done["raw_top1"]]),
-        ("best epoch by the scored images", "minival top-1", last, best),
+        ("best epoch by the scored images", "top-1 on minival", last, best),
     ):
         run = np.abs(np.subtract(right, wrong)).argmax()
         rows.append((mistake, f"{measure}, where it differs most", f"{right[run]:.2f} %", f"{wrong[run]:.2f} %"))

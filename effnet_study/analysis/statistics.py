@@ -133,6 +133,12 @@ def calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, pd.
     return float(np.average(gaps, weights=bins["images"])), bins
 
 
+def half_up(value: float) -> float:
+    """Return a number for printing, so that Python rounds a tie away from zero, as typst and browsers do: means over
+    seeds are often ties, such as 45.855, whose binary number lies below."""
+    return round(value, 9) * (1 + 1e-12)
+
+
 def number(value: object) -> str:
     """Format a table's cell: whole numbers whole, others with two decimals, words as they are."""
     if isinstance(value, str):

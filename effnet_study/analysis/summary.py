@@ -9,6 +9,7 @@ import pandas as pd
 from effnet_study.analysis.claims import AXES, verdict_lines
 from effnet_study.analysis.figures import draw_ablation
 from effnet_study.analysis.recipes import ablation, load_pilots, mistakes
+from effnet_study.analysis.statistics import half_up
 from effnet_study.analysis.tables import changes_in_words, contrasts, finished_runs, kind_of, study_runs, table7
 from effnet_study.coefficients import describe_search, load_coefficients, searched_coefficients
 from effnet_study.files import RESULTS, in_markdown, replace_file, save_figure, save_table
@@ -62,7 +63,8 @@ def write_page(profile: Profile, found: Mapping, results: str | Path | None = No
     it write the tables that 05_analysis does not show: mistakes, pilots, ablation. found: of `verdict`."""
     study_dir = Path(results or RESULTS) / profile.name
     runs, done = study_runs(profile, results)
-    save_table(mistakes(profile, done, contrasts(profile, runs)), study_dir / "tables" / "mistakes.csv")
+    if profile.parent is None:
+        save_table(mistakes(profile, done, contrasts(profile, runs)), study_dir / "tables" / "mistakes.csv")
     if len(pilots := load_pilots(profile, results)):
         save_table(pilots, study_dir / "tables" / "pilots.csv")
     sections = [f"# {in_markdown(profile.title)}", "", *_about(profile, runs), ""]
@@ -109,8 +111,8 @@ def _about(profile: Profile, runs: pd.DataFrame) -> list[str]:
         purpose += f" It extends [{in_markdown(parent.title)}](../{parent.name}/README.md) ({changes}) and "
         purpose += "decides no claim by itself."
     if (protocol := (parent or profile).protocol) is not None:
-        purpose += f" Rules: [protocol](../../report/PROTOCOL.md), study `{protocol.section}`, as fixed in commit "
-        purpose += f"{protocol.commit[:10]}."
+        purpose += f" Rules: [protocol](../../report/PROTOCOL.md), study `{protocol.section}`, as commit "
+        purpose += f"{protocol.commit[:10]} has it; see the *Deviations* there."
     return [
         purpose,
         "",
@@ -128,7 +130,7 @@ def _how_long(runs: pd.DataFrame, done: pd.DataFrame, record: Mapping) -> str:
     """Say how long all planned runs take at the speed of those that are finished."""
     each = done.groupby("method")["seconds"].mean()
     hours = runs["method"].map(each).fillna(each.mean()).sum() / 3600
-    if record["device"].get("type") == "cuda":
+    if record["device"].get("type") == "cuda" or record["device"]["name"].endswith(" threads"):
         return f"All {len(runs)} runs take about {hours:.3g} hours of one device like this one."
     shared = " and ".join(f"{hours / cores:.3g} hours on {cores} cores" for cores in (4, 8))
     return f"At this speed all {len(runs)} runs take about {hours:.3g} core-hours: {shared}, a run on each."
@@ -144,9 +146,10 @@ def ablation_lines(profile: Profile, table: pd.DataFrame) -> list[str]:
     for row in table.itertuples():
         interval = f"95 % interval {row.low:+.2f} to {row.high:+.2f}"
         alone = f"one seed; all seeds as it is: {row.all_seeds_as_it_is:.2f}"
+        before, after, difference = map(half_up, (row.as_it_is, row.changed, row.difference))
         lines.append(
-            f"- {spoken(row.what)}, {row.weights}: {row.as_it_is:.2f} as it is, {row.changed:.2f} changed: "
-            f"{row.difference:+.2f} points ({interval if row.n > 1 else alone})"
+            f"- {spoken(row.what)}, {row.weights}: {before:.2f} as it is, {after:.2f} changed: "
+            f"{difference:+.2f} points ({interval if row.n > 1 else alone})"
         )
     return lines
 
@@ -169,7 +172,8 @@ def _in_markdown(rows: pd.DataFrame, columns: Mapping, name: Callable[[str], str
         values[gain] = (rows[score] - baseline[score].max()).where(scaled)  # NaN without a baseline
     texts = pd.DataFrame()
     for title, (column, form) in columns.items():
-        texts[title] = [form.format(value) if pd.notna(value) else "" for value in values[column]]
+        cells = [half_up(value) if isinstance(value, float) else value for value in values[column]]
+        texts[title] = [form.format(value) if pd.notna(value) else "" for value in cells]
     return texts.to_markdown(index=False, disable_numparse=True, **options)
 
 
@@ -185,7 +189,7 @@ def surplus(rows: pd.DataFrame, costs: pd.DataFrame | None) -> str:
     if costs is not None:
         flops = costs.set_index("method")["flops"]
         words += f", and by {_span(flops['compound'] / flops[[*AXES]])} at the paper's 224 px"
-    return f"{words}; the matched networks remove this as far as rounding permits."
+    return f"{words}. Networks of matched FLOPs are without this difference, as far as rounding permits."
 
 
 def _span(ratios: pd.Series) -> str:

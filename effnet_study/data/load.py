@@ -93,7 +93,7 @@ def find_source(settings: DataSettings, root: Path, download: bool = False) -> S
             raise
         cure = f"delete it, then: effnet data {settings.name}"
         raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}); {cure}") from None
-    labels, parts = np.array(source.labels), np.array(source.parts)
+    labels, parts = np.array(source.labels, int), np.array(source.parts, int)  # int, also of no images
     for part, expected in zip((TRAIN, TEST), known.per_class, strict=True):
         counts = np.bincount(labels[parts == part], minlength=len(source.classes))
         if expected is not None and (counts != expected).any():
@@ -110,7 +110,8 @@ def _split(settings: DataSettings, source: Source) -> dict[str, np.ndarray]:
     """Return the images of each split, sorted, of the chosen classes. Minival is held out of train."""
     from sklearn.model_selection import train_test_split
 
-    count, labels, parts = len(source.classes[: settings.classes]), np.array(source.labels), np.array(source.parts)
+    count = len(source.classes[: settings.classes])
+    labels, parts = np.array(source.labels, int), np.array(source.parts, int)
     if settings.classes is not None and settings.classes > count:
         raise ValueError(f"classes: {settings.name} has {count}, got {settings.classes!r}")
     larger = "Larger shares for minival and test help rare classes: minival=0.3 test=0.3"

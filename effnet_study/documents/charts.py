@@ -10,7 +10,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from effnet_study.analysis.statistics import t_interval
+from effnet_study.analysis.statistics import half_up, t_interval
 from effnet_study.methods import base_method, color, figure8_lines
 
 INK = "#000000"  # on a dark screen the page's script replaces it by its own
@@ -111,7 +111,7 @@ def figure8(dots: pd.DataFrame, x: str, y: str, what: str) -> dict:
         names.mark_point(size=70, xOffset=14).encode(**looks),
         names.mark_text(align="left", dx=24, fontSize=12, color=INK).encode(text="label:N"),
     ]
-    text = "; ".join(f"{row.label} {row.mean:.2f} % at {row.x:,.1f}" for row in means.itertuples())
+    text = "; ".join(f"{row.label} {half_up(row.mean):.2f} % at {row.x:,.1f}" for row in means.itertuples())
     return finish(layers, f"{what}. {y} by {x}: {text}.")
 
 

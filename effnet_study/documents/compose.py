@@ -25,7 +25,7 @@ from effnet_study.analysis.architecture import worth_of_surplus
 from effnet_study.analysis.statistics import MARGIN
 from effnet_study.analysis.summary import short_table7, surplus
 from effnet_study.coefficients import COEFFICIENTS, describe_search, load_coefficients
-from effnet_study.documents.evidence import Study, alternative_texts, load_study, outcome, pilot_table
+from effnet_study.documents.evidence import COMPARED, Study, alternative_texts, load_study, outcome, pilot_table
 from effnet_study.documents.page import build_page
 from effnet_study.documents.scale import describe_scale, load_facts
 from effnet_study.documents.templates import fill_in
@@ -153,11 +153,13 @@ def results_block(study: Study) -> str:
     """Return the README's section of results, in Markdown, between its two marks."""
     rows, words = study.table("table7"), {name: in_markdown(text) for name, text in outcome(study).items()}
     values = {"study": study, "outcome": words, "alt": alternative_texts(), "rows": rows}
+    values["judged"] = [claim for claim in study.claims if claim["status"] != COMPARED]
     values["pilots"] = sum(len(row["scores"]) for row in pilot_table(study))
     values["started"] = [each for each in study.extensions if not each.finished.empty]
     if rows is not None:
         values |= {"table7": short_table7(rows), "surplus": surplus(rows, study.table("table7_cost"))}
-        values["hours"] = rows.loc[rows["paper_top1"].notna(), "seconds"].sum() / 3600
+        shown = rows[rows["paper_top1"].notna()]
+        values |= {"networks": len(shown), "hours": shown["seconds"].sum() / 3600}
     return f"{BEGIN}\n{fill_in('readme-template.md', **values)}{END}"
 
 

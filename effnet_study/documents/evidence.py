@@ -14,10 +14,11 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
+from effnet_study.analysis.claims import planned_claims
 from effnet_study.analysis.recipes import load_pilots
-from effnet_study.analysis.statistics import SAME, SEEDS_TO_DECIDE
+from effnet_study.analysis.statistics import SAME, SEEDS_TO_DECIDE, half_up
 from effnet_study.analysis.tables import extensions, kind_of
-from effnet_study.documents.templates import listed
+from effnet_study.documents.templates import capital, listed
 from effnet_study.files import NOTEBOOKS, RESULTS, plain, read_table
 from effnet_study.methods import spoken
 from effnet_study.profile import Profile
@@ -31,6 +32,7 @@ DECIDED = {  # outcome of a claim: how the headline begins, and the title's pref
     "contradicted": ("Compound scaling does not beat each single axis", "[¬Re]"),
 }
 UNDECIDED = "[Re: undecided]"
+COMPARED = "compared, without a verdict"  # the status of a claim that decides nothing
 EXPECTED = {  # files of every study with finished runs, and what they are
     "tables/table7.csv": "Table 7",
     "tables/contrasts.csv": "the differences between methods",
@@ -96,15 +98,28 @@ class Study:
         table, counts = self.table("table7"), self.finished["method"].value_counts()
         return table is not None and dict(zip(table["method"], table["n"], strict=True)) != counts.to_dict()
 
-    @property
+    @cached_property
     def claims(self) -> list[dict]:
-        """The claims of tables/verdict.json. `status` is the outcome, or says that there is none."""
+        """The claims of tables/verdict.json, and in a study of evidence those that no finished runs compare yet.
+        `status` is the outcome, or says that there is none."""
         path = self.study_dir / "tables" / "verdict.json"
-        found = json.loads(path.read_text(encoding="utf-8"))["claims"] if path.is_file() else []
-        for claim in found:
-            still_open = "" if claim["complete"] else ", until all of its planned runs have ended"
-            claim["status"] = claim["outcome"] + still_open if claim["outcome"] else "compared, without a verdict"
-        return found
+        if not path.is_file():
+            return []
+        found = {claim["key"]: claim for claim in json.loads(path.read_text(encoding="utf-8"))["claims"]}
+        ended, claims = self.runs["status"].isin(ENDED), []
+        for planned in planned_claims(self.profile.methods):
+            claim = found.get(planned.key)
+            if claim is not None:
+                claim["status"] = claim["outcome"] or COMPARED
+                if claim["outcome"] and not claim["complete"]:
+                    own = self.runs["method"].isin([method for pair in planned.pairs for method in pair])
+                    count = f"{(ended & own).sum()} of {own.sum()}"
+                    claim["status"] += f", until all of its planned runs have ended ({count})"
+            elif planned.decides and self.profile.purpose == "evidence":
+                claim = {"key": planned.key, "title": planned.title, "budget": planned.budget, "sentences": []}
+                claim |= {"complete": False, "seeds": 0, "outcome": None, "status": "not tested yet"}
+            claims += [claim] if claim is not None else []
+        return claims
 
     @property
     def unfinished(self) -> str:
@@ -113,14 +128,15 @@ class Study:
         if ended == len(self.runs):
             return ""
         words = f"Unfinished: {ended} of {len(self.runs)} planned runs have ended. "
-        return words + "Until five seeds are in, nothing is decided."
+        return words + "A claim is decided when all of its own runs have ended."
 
     @property
     def missing(self) -> list[str]:
         """What a reader would expect and does not find. The documents print it."""
         failed = [] if self.failure is None else [f"an analysis of these runs: {self.failure}"]
         if self.finished.empty:
-            return [f"no run of {self.name} is finished; to run it: {self.profile.command('study')}", *failed]
+            command = self.profile.command("study", self.results)
+            return [f"no run of {self.name} is finished; to run it: {command}", *failed]
         changed = {"tables/ablation.csv": "what the change does"} if self.kind == "ablation" else {}
         expected = EXPECTED if self.kind is None else changed
         gaps = [f"{what} ({file}); to make it: make report" for file, what in expected.items() if not self.has(file)]
@@ -144,24 +160,49 @@ def load_study(profile: Profile, results: Path = RESULTS, failures: Mapping[str,
 
 
 def outcome(study: Study) -> dict[str, str]:
-    """Return the outcome for titles: prefix ([Re], [¬Re] or [Re: undecided]), headline (a sentence), unfinished."""
+    """Return the outcome for titles: prefix ([Re], [¬Re] or [Re: undecided]); lead, which answers the question; detail,
+    the differences in a sentence; headline, both together; unfinished.
+
+    The first of HEADLINES that the study plans decides. While it has no differences, those of the next one are told."""
     scale = f" at {study.scale}" if study.scale else ""
-    found = {"prefix": UNDECIDED, "unfinished": study.unfinished}
+    planned = {claim.key for claim in planned_claims(study.profile.methods)}
+    decisive = next((key for key in HEADLINES if key in planned), None)
+    claims, contrasts = {claim["key"]: claim for claim in study.claims}, study.table("contrasts")
+    for key in HEADLINES if contrasts is not None and not study.stale else ():
+        rows = contrasts[(contrasts["claim"] == key) & (contrasts["outcome"] != SAME)]
+        if key in claims and not rows.empty:
+            break
+    else:
+        rows = pd.DataFrame()
+    lead, prefix, detail = f"Undecided{scale}", UNDECIDED, "the networks that the claim compares are not finished yet."
     if study.finished.empty:
-        return found | {"headline": f"Undecided{scale}: no run of the study is finished yet."}
-    claims, contrasts, parts = {claim["key"]: claim for claim in study.claims}, study.table("contrasts"), []
-    claim = next((claims[key] for key in HEADLINES if key in claims), None)
-    if claim is not None and contrasts is not None and not study.stale:
-        for row in contrasts[(contrasts["claim"] == claim["key"]) & (contrasts["outcome"] != SAME)].itertuples():
-            unit, side = "" if parts else " points", "higher" if row.difference > 0 else "lower"
-            parts.append(f"{abs(row.difference):.1f}{unit} {side} than {spoken(row.other.removesuffix('_matched'))}'s")
-    if not parts:
-        return found | {"headline": f"Undecided{scale}: the networks that the claim compares are not finished yet."}
-    decided = claim["outcome"] in DECIDED and claim["complete"] and claim["seeds"] >= SEEDS_TO_DECIDE
-    lead, found["prefix"] = DECIDED[claim["outcome"]] if decided else ("Undecided", UNDECIDED)
-    subject = "its mean is" if decided else "the mean of compound scaling is so far"
-    where = f"{scale}, on {study.data}" if scale else f" on {study.data}"
-    return found | {"headline": f"{lead}{where} {BUDGETS[claim['budget']]}: {subject} {listed(parts)}."}
+        detail = "no run of the study is finished yet."
+    elif not rows.empty:
+        claim = claims[key]
+        if key == decisive and claim["outcome"] in DECIDED and claim["complete"] and claim["seeds"] >= SEEDS_TO_DECIDE:
+            words, prefix = DECIDED[claim["outcome"]]
+            lead = f"{words}{scale}"
+        detail = f"{BUDGETS[claim['budget']]} on {study.data}, {_differences(rows)}{_so_far(study, rows)}."
+        if key != decisive:
+            detail = f"no network {BUDGETS['matched']}, which decide, is finished yet. {capital(detail)}"
+    found = {"prefix": prefix, "lead": lead, "detail": detail, "headline": f"{lead}: {detail}"}
+    return found | {"unfinished": study.unfinished}
+
+
+def _differences(rows: pd.DataFrame) -> str:
+    """Say the contrasts of compound scaling in words."""
+    parts = []
+    for row in rows.itertuples():
+        low, high, difference = (f"{half_up(value):+.1f}" for value in (row.low, row.high, row.difference))
+        interval = f"{low} to {high}" if row.n > 1 else "one seed"
+        other = spoken(row.other.removesuffix("_matched"))
+        parts.append(f"minus {other}{'' if parts else ' is'} {difference}{'' if parts else ' points'} ({interval})")
+    return f"compound {listed(parts)}".replace("-", "−")
+
+
+def _so_far(study: Study, rows: pd.DataFrame) -> str:
+    few, planned = rows["n"].min(), len(study.profile.seeds)
+    return f", so far with {few} of {planned} seeds" if few < planned and study.unfinished else ""
 
 
 def pilot_table(study: Study) -> list[dict]:

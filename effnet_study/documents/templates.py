@@ -5,13 +5,14 @@ from collections.abc import Iterable
 
 import jinja2
 
+from effnet_study.analysis.statistics import half_up
 from effnet_study.files import ROOT
 from effnet_study.methods import spoken
 
 
 def number(value: float, form: str = ".2f") -> str:
     """Format a number, or a dash if there is none."""
-    return format(value, form) if math.isfinite(value) else "–"
+    return format(half_up(value), form) if math.isfinite(value) else "–"
 
 
 def listed(names: Iterable[str]) -> str:
