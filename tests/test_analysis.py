@@ -398,7 +398,7 @@ def test_mistakes_are_measured_on_these_runs(changeable):
     (one / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = recipes.mistakes(profile, done, tables.contrasts(profile, runs)).set_index("mistake")
     assert table.loc["best epoch by the scored images"].tolist()[1:] == ["58.50 %", "60.00 %"]
-    assert table["here"]["learning rate not annealed"] == "20.00000 %"  # the worst of all runs
+    assert table["here"]["learning rate not annealed"] == "20.00 %"  # the worst of all runs
     assert table["with the mistake"]["one seed"].startswith("-0.15 to +0.25")
     assert table["measure"]["one seed"] == "compound minus width matched"  # the nearest to zero
     params = [int(text.replace(",", "")) for text in table.loc["squeeze-and-excitation of expanded channels"][1:]]

@@ -159,7 +159,7 @@ def test_every_contrast_is_printed_with_its_interval_and_word(study, report):
             assert f"{row.difference:+.2f} {row.low:+.2f} to {row.high:+.2f}" in report and row.outcome in report
     said = report.replace("- ", "")  # words are hyphenated
     for claim in study.claims[:2]:  # those of compound scaling, in the summary
-        assert f"{capital(claim['title'])}: {claim['status']} (compound minus" in said
+        assert f"{capital(claim['title'])}: {claim['status']}." in said
     assert said.count("compared, without a verdict") >= 5  # in the summary and in the list; a page may end in one
     assert "Holm" not in report and "ootstrap" not in report and "p value" not in report
 
@@ -318,8 +318,8 @@ def test_matched_flops_are_the_headline_before_the_published_coefficients(tmp_pa
         ([published, claim], "wins at pocket scale: at matched FLOPs on Images, compound minus depth is +3.0 points"),
         (
             [published],  # reproduced or not: it does not decide
-            "Undecided at pocket scale: no network at matched FLOPs, which decide, is finished yet. At the published "
-            "coefficients on Images, compound minus depth is +9.0 points",
+            "Undecided at pocket scale: the networks at matched FLOPs, which decide, are not finished yet. "
+            "At the published coefficients on Images, compound minus depth is +9.0 points",
         ),
         ([claim | {"key": "axes_help"}], "the networks that the claim compares are not finished yet"),
     ):

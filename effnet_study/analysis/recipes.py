@@ -36,11 +36,11 @@ def mistakes(profile: Profile, done: pd.DataFrame, table: pd.DataFrame) -> pd.Da
     annealed = max(history["lr"].iloc[-1] for history in histories) / profile.config().lr
     # An earlier reproduction: 35 epochs, of which 10 warm up; then the paper's decay, 0.97 every 2.4 of 350 epochs
     barely = 0.97 ** ((34 - 10) / 2.4)
-    shares = f"{100 * annealed:.5f} %", f"{100 * barely:.0f} %"
+    shares = f"{100 * annealed:.2f} %", f"{100 * barely:.0f} %"
     here = (profile.base_resolution, profile.num_classes, profile.stem_stride)
     params = [f"{scaled_cost(profile.baseline, *here, se_expanded=wrong).params:,}" for wrong in (False, True)]
     rows += [
-        ("learning rate not annealed", "the last one, of the highest", *shares),
+        ("learning rate not annealed", "the last rate as a share of the peak", *shares),
         ("squeeze-and-excitation of expanded channels", "parameters of the baseline", *params),
     ]
     return pd.DataFrame(rows, columns=["mistake", "measure", "here", "with the mistake"])

@@ -184,7 +184,7 @@ def outcome(study: Study) -> dict[str, str]:
             lead = f"{words}{scale}"
         detail = f"{BUDGETS[claim['budget']]} on {study.data}, {_differences(rows)}{_so_far(study, rows)}."
         if key != decisive:
-            detail = f"no network {BUDGETS['matched']}, which decide, is finished yet. {capital(detail)}"
+            detail = f"the networks {BUDGETS['matched']}, which decide, are not finished yet. {capital(detail)}"
     found = {"prefix": prefix, "lead": lead, "detail": detail, "headline": f"{lead}: {detail}"}
     return found | {"unfinished": study.unfinished}
 
