@@ -438,6 +438,15 @@ def test_missing_tables_are_named_and_not_used(copied):
         assert "Undecided" in compiled(source, copied)
 
 
+def test_the_measured_time_of_fast_compound_is_told(copied):
+    folder = copied.results / "throughput" / "some-gpu"
+    folder.mkdir(parents=True)
+    times = {"network": ["compound", "fast_compound"], "relative_time": [1, 0.8], "ratio_q25": [1, 0.75]}
+    pd.DataFrame(times | {"ratio_q75": [1, 0.85], "profile": copied.name}).to_csv(folder / "fast.csv", index=False)
+    said = r"on some gpu, its training step takes 0.80 times as long as compound.s \(quartiles 0.75 to 0.85\)"
+    assert re.search(said, compiled(REPORT, copied))
+
+
 def test_a_damaged_table_is_named(copied):
     (copied.study_dir / "tables" / "table7.csv").write_text("")
     with pytest.raises(ValueError, match="tables/table7.csv is damaged .*; delete it, then run make report"):

@@ -43,6 +43,9 @@ def test_the_benchmark_times_ours_and_others(benched):
     assert methods["activations"]["baseline"] == scaled_cost(TABLE7["baseline"], 32).activations
     assert (methods[["forward_ms", "data_ms"]].loc[list(TABLE7)] > 0).all().all()
     assert methods["data_percent"][list(TABLE7)].between(0, 100).all()
+    fast = pd.read_csv(benched / "fast.csv").set_index("network")
+    assert fast["relative_time"]["compound"] == 1 and fast["relative_time"]["fast_compound"] > 0
+    assert fast["activations"]["fast_compound"] < fast["activations"]["compound"]
     inputs = pd.read_csv(benched / "input.csv").set_index("path")
     assert {path.partition(",")[0].partition(":")[0] for path in inputs.index} == {"PIL", "ours"}
     assert (inputs["images_per_second"] > 0).all() and inputs["over_memory"]["PIL, images in memory, 2 workers"] == 1

@@ -11,14 +11,20 @@ from effnet_study.methods import color
 GREY = "#999999"
 
 
-def peers_table(times: pd.DataFrame, about: pd.DataFrame, batch_size: int) -> pd.DataFrame:
-    """Return a row per network. ours_is_faster is the median over the rounds of its time divided by that of the network
-    "ours" in the same round, with quartiles ratio_q25 and ratio_q75. times, about: as `measure` returns them."""
+def relative_times(times: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Return a row per network: relative_time is the median over the rounds of its time divided by the reference's in
+    the same round, with quartiles ratio_q25 and ratio_q75. times: as `measure` returns them."""
     seconds = times.pivot(index="round", columns="contender", values="seconds")
-    ratio = seconds.div(seconds["ours"], axis=0)
+    ratio = seconds.div(seconds[reference], axis=0).quantile([0.5, 0.25, 0.75]).T
+    return ratio.set_axis(["relative_time", "ratio_q25", "ratio_q75"], axis="columns")
+
+
+def peers_table(times: pd.DataFrame, about: pd.DataFrame, batch_size: int) -> pd.DataFrame:
+    """Return a row per network. ours_is_faster and its quartiles are `relative_times` to the network "ours". times,
+    about: as `measure` returns them."""
+    seconds = times.pivot(index="round", columns="contender", values="seconds")
     table = pd.DataFrame({"images_per_second": batch_size / seconds.median(), "ms_per_step": 1000 * seconds.median()})
-    table["ours_is_faster"] = ratio.median()
-    table["ratio_q25"], table["ratio_q75"] = ratio.quantile(0.25), ratio.quantile(0.75)
+    table[["ours_is_faster", "ratio_q25", "ratio_q75"]] = relative_times(times, "ours")
     return table.loc[about.index].join(about).rename_axis("network").reset_index()
 
 
