@@ -189,7 +189,7 @@ def run_all(page) -> int:
     return before
 
 
-def finish(page, before: int = 0, seconds: float = 400) -> None:
+def finish(page, before: int = 0, seconds: float = 900) -> None:
     """Wait until every cell of code has a new number. No cell may show an error."""
     ended = f"errors => document.querySelector(errors) || {NUMBERS}.every(number => number > {before})"
     page.wait_for_function(ended, arg=ERRORS, timeout=1000 * seconds)
@@ -292,7 +292,7 @@ def test_training_shows_itself_stops_and_goes_on(visit, lab):
     cell.locator(".jp-InputArea-editor").click()
     page.keyboard.press("Shift+Enter")
     said.get_by_text(re.compile("continues (after|in) epoch")).wait_for()
-    cell.locator(".effnet-live[data-state=finished]").wait_for(timeout=240_000)
+    cell.locator(".effnet-live[data-state=finished]").wait_for(timeout=900_000)
 
     ended = record.stat().st_mtime_ns
     finish(page, run_all(page))
