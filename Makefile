@@ -2,7 +2,8 @@
 # make report                  figures, README tables, report/, poster/ from results/
 # make lab                     JupyterLab                make clean  remove what was made here (never results of other profiles)
 # make gpu-check               on a GPU, ten minutes: its tests, B0's speed, two epochs of a real run
-# make test-slow               all tests with coverage: whole notebooks, kills, several processes; a browser if Chromium is here
+# make test-slow               the slow tests: whole notebooks, kills, several processes; a browser if Chromium is here
+# make coverage                all these tests except the browser's, with the lines that they reach
 PROFILE ?= quick
 PYTHON ?= python3
 export PYTHONUNBUFFERED = 1
@@ -18,8 +19,11 @@ test: .venv/ready
 	.venv/bin/pytest -n 2 --dist loadgroup
 
 test-slow: .venv/ready
-	.venv/bin/pytest -n 2 --dist loadgroup -m "not browser" --cov --cov-report=term:skip-covered --cov-fail-under=95
+	.venv/bin/pytest -n 2 --dist loadgroup -m "slow and not browser"
 	.venv/bin/pytest -m browser -rs tests/test_browser.py
+
+coverage: .venv/ready
+	.venv/bin/pytest -n 2 --dist loadgroup -m "not browser" --cov --cov-report=term:skip-covered --cov-fail-under=95
 
 gpu-check: .venv/ready
 	.venv/bin/pytest -m gpu -rs
@@ -49,4 +53,4 @@ clean:
 	rm -rf .venv results/quick *.egg-info build .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: study test test-slow gpu-check report lab clean
+.PHONY: study test test-slow coverage gpu-check report lab clean

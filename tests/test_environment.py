@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import pytest_runtest_setup
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -125,3 +126,11 @@ def test_tests_that_share_a_fixture_are_kept_on_one_worker(request, kept_togethe
     """pytest-xdist marks a group in the name of its tests. If it cannot, it says nothing."""
     if request.config.getoption("dist", "no") == "loadgroup" or request.config.getoption("loadgroup", False):
         assert request.node.nodeid.endswith("@kept_together")
+
+
+def test_tests_that_begin_too_late_are_skipped(monkeypatch):
+    monkeypatch.setenv("EFFNET_TESTS_UNTIL", "1")
+    with pytest.raises(pytest.skip.Exception, match="the time for tests is over"):
+        pytest_runtest_setup(None)
+    monkeypatch.setenv("EFFNET_TESTS_UNTIL", "inf")
+    pytest_runtest_setup(None)
