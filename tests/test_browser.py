@@ -162,7 +162,7 @@ def visit(lab, browser):
     """A function that opens a copied notebook by its address and waits for its kernel. Errors of the page fail the
     test; the kernel goes with it."""
     context = browser.new_context(viewport={"width": 1300, "height": 1000})
-    context.set_default_timeout(60_000)
+    context.set_default_timeout(300_000)
     wrong = []
 
     def go(name: str):

@@ -295,7 +295,7 @@ def visit(pages, browser):
         page.on("request", ask)
         page.goto((pages / file).as_uri())
         if file == "index.html" and options.get("java_script_enabled", True):
-            page.wait_for_function("document.documentElement.dataset.drawn", timeout=60_000)
+            page.wait_for_function("document.documentElement.dataset.drawn", timeout=300_000)
         return page
 
     yield go
@@ -331,7 +331,7 @@ def test_charts_are_drawn_and_answer(visit, width, scheme):
         arg=['[data-chart="train_loss"] svg', before],
     )
     page.emulate_media(color_scheme="light" if scheme == "dark" else "dark")
-    page.wait_for_function(f"document.documentElement.dataset.drawn !== '{scheme}'", timeout=60_000)
+    page.wait_for_function(f"document.documentElement.dataset.drawn !== '{scheme}'", timeout=300_000)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
