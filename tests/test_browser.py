@@ -137,7 +137,7 @@ def lab(browser, tmp_path_factory):  # browser: none, no JupyterLab either
     command += ["--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={notebooks}"]
     said = (place / "lab.log").open("w+")
     server = subprocess.Popen(command, env=os.environ | private | {"JUPYTER_TOKEN": token}, stdout=said, stderr=said)
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 240
     try:
         while True:
             try:
@@ -201,7 +201,7 @@ def save(page, path: Path) -> nbformat.NotebookNode:
     """Save by keyboard and wait for the file."""
     old = path.stat().st_mtime_ns
     page.keyboard.press("Control+s")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while path.stat().st_mtime_ns == old or not any(c.get("outputs") for c in nbformat.read(path, 4).cells):
         assert time.monotonic() < deadline, f"{path.name} was not saved"
         page.wait_for_timeout(200)
