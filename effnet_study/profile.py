@@ -21,7 +21,7 @@ from effnet_study.methods import PUBLISHED, coefficient_grid, match_flops, parse
 PURPOSES = {
     "check": "pipeline check, not evidence",
     "exploratory": "exploratory: fewer seeds, data or epochs than a claim needs",
-    "evidence": "evidence, judged by the rules of PROTOCOL.md",
+    "evidence": "evidence, judged by the rules of the protocol",
 }
 OWN = ("extends", "title", "purpose", "methods", "seeds", "train")  # keys of a profile that extends another
 
