@@ -229,7 +229,7 @@ def test_the_documents_of_a_study_with_odd_names_are_whole(tmp_path):
     page = BeautifulSoup((tmp_path / "out" / "report" / "index.html").read_text(encoding="utf-8"), "html.parser")
     assert json.loads(page.find("script", id="specs").string)["figure8"]["description"].startswith(plain(odd))
     assert page.find("h3").get_text() == plain(odd) and page.find("footer")
-    assert f"on {in_markdown(odd)} at" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"on {in_markdown(odd)}, compound" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 # ---- files and folders
