@@ -19,7 +19,7 @@ from effnet_study.data.dataset import ImageData
 from effnet_study.data.load import load_data
 from effnet_study.files import CHECKPOINTS, RESULTS, RunMismatch, holder_of, remove_checkpoints
 from effnet_study.machine import choose_device, gpu_count
-from effnet_study.methods import TRAINED_BY, base_method
+from effnet_study.methods import MATCHED, TRAINED_BY, base_method
 from effnet_study.parallel import check_shares, launch
 from effnet_study.pretrained import IMAGENET_MEAN, IMAGENET_STD, create_model, freeze_backbone
 from effnet_study.profile import Profile, load_profile
@@ -236,16 +236,20 @@ def build_network(
 def plan_runs(
     profile: Profile, results: str | Path | None = None, methods: Iterable | None = None, seeds: Iterable | None = None
 ) -> list[Run]:
-    """Return the profile's runs, group by group of its methods, and in a group seed by seed, so that a study that is
-    stopped early is as complete as possible."""
-    methods, seeds = methods or profile.methods, seeds or profile.seeds
-    for kind, asked, valid in (("method", methods, profile.methods), ("seed", seeds, profile.seeds)):
+    """Return the profile's runs of these methods and seeds (default: all), in the order of `Profile.planned`."""
+    all_seeds = (*profile.seeds, *(profile.more_seeds or ()))
+    methods, seeds = methods or profile.methods, seeds or all_seeds
+    for kind, asked, valid in (("method", methods, profile.methods), ("seed", seeds, all_seeds)):
         for value in asked:
             if value not in valid:
                 raise unknown_name(f"{kind} of profile {profile.name}", value, valid)
-    results = Path(results or RESULTS).absolute()
-    groups = [[m for m in group if m in methods] for group in profile.groups]
-    return [Run(profile, m, seed, results) for group in groups for seed in seeds for m in group]
+    planned = [(method, seed) for method, seed in profile.planned if method in methods and seed in seeds]
+    if not planned:
+        asked = f"method {', '.join(methods)} with seed {', '.join(map(str, seeds))}"
+        raise ValueError(
+            f"profile {profile.name} plans no run of {asked}; more_seeds are of {', '.join(MATCHED)} alone"
+        )
+    return [Run(profile, method, seed, Path(results or RESULTS).absolute()) for method, seed in planned]
 
 
 def load_runs(profile: Profile, results: str | Path | None = None) -> pd.DataFrame:

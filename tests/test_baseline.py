@@ -478,6 +478,22 @@ def test_a_profile_says_what_its_file_says(profile_file):
     assert profile.replace(title="Other").groups == profile.groups
 
 
+def test_more_seeds_are_of_the_matched_methods_and_come_last(profile_file, tmp_path):
+    whole = profile_file(methods=["baseline", "compound", "width_matched"], seeds=[0, 1], more_seeds=[2])
+    planned = [(run.method, run.seed) for run in plan_runs(study.load_profile(whole), tmp_path)]
+    first = [(method, seed) for seed in (0, 1) for method in ("baseline", "compound", "width_matched")]
+    assert planned == [*first, ("compound", 2), ("width_matched", 2)]
+    profile = study.load_profile(whole)
+    assert [(run.method, run.seed) for run in plan_runs(profile, tmp_path, seeds=[2])] == planned[-2:]
+    with pytest.raises(ValueError, match="plans no run of method baseline with seed 2"):
+        plan_runs(profile, tmp_path, ["baseline"], [2])
+    short = whole.with_name("short.yaml")
+    short.write_text("title: Short\nextends: tiny.yaml\nmethods: [compound]\ntrain: {epochs: 1}\n")
+    assert len(plan_runs(study.load_profile(short), tmp_path)) == 2  # an extension does not inherit them
+    with pytest.raises(ValueError, match=r"more_seeds: expected other seeds than those of seeds:, got \[1\]"):
+        study.load_profile(profile_file(seeds=[0, 1], more_seeds=[1, 2]))
+
+
 def test_a_profile_overrides_the_recipe_that_it_extends(profile_file):
     path = profile_file().with_name("high.yaml")
     path.write_text("title: High\nextends: tiny.yaml\nmethods: [baseline]\ntrain: {lr: 0.3}\n")

@@ -6,6 +6,7 @@ Most tests use the study of made_up.py, which never took place.
 import dataclasses
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -37,7 +38,6 @@ from effnet_study.documents.compose import (
 from effnet_study.documents.evidence import Study, alternative_texts, outcome, pilot_table
 from effnet_study.documents.templates import capital, listed, number
 from effnet_study.files import NOTEBOOKS, RESULTS, ROOT
-from effnet_study.methods import PAPER_TABLE7
 from effnet_study.profile import load_profile
 
 pytest_plugins = ["documents"]
@@ -113,25 +113,23 @@ def test_scores_are_the_means_of_the_records(rebuilt, study, report, poster):
     assert len(scores) == 9
     for method, values in scores.items():
         name, top1 = method.replace("_", " "), mean(values)
-        if method in PAPER_TABLE7:
-            assert re.search(rf"\| {name} \| [\d.]+ \| {len(values)} \| {top1:.2f} \|", readme)
-            assert re.search(rf"{name} [\d.]+ {top1:.1f} ", poster)
+        assert re.search(rf"\| {name} \| [\d,]+ \| {len(values)} \| {top1:.2f} \|", readme)
+        assert re.search(rf"{name} [\d.]+ {top1:.1f} ", poster)
         assert re.search(rf"{name} ([\d.]+ ){{7}}{len(values)} {top1:.2f} ", report)
 
 
 def test_every_column_of_table_7_is_printed(rebuilt, study, report, poster):
     readme = plain((rebuilt / "README.md").read_text())
     for row in pd.read_csv(study.study_dir / "tables" / "table7.csv").itertuples():
-        name, flops = row.method.replace("_", " "), f"{row.flops / 1e6:.1f}"
+        name, flops = row.method.replace("_", " "), f"{row.flops / 1e6:.3f}"
         between, paper = f"{row.top1_low:.2f} to {row.top1_high:.2f}", f"{row.paper_top1:.1f}".replace("nan", "–")
         paper_flops = f"{row.paper_flops / 1e9:.1f}".replace("nan", "–")
         said = f"{name} {row.d:.2f} {row.w:.2f} {row.r:.2f} {row.resolution} {row.params / 1e6:.2f} {flops} "
         said += f"{row.activations / 1e6:.3f} {row.n} {row.top1:.2f} {between} {row.top1_sd:.2f} {row.top5:.2f}"
         assert f"{said} {paper_flops} {paper}" in report
-        on_poster = f"{name} {flops} {row.top1:.1f} {row.top1_low:.1f} to {row.top1_high:.1f} {paper}"
-        assert (on_poster in poster) == (row.method in PAPER_TABLE7)
-        shown = f"| {name} | {flops} | {row.n} | {row.top1:.2f} | {between} |"
-        assert (shown in readme) == (row.method in PAPER_TABLE7)
+        on_poster = f"{name} {row.flops / 1e6:.1f} {row.top1:.1f} {row.top1_low:.1f} to {row.top1_high:.1f} {paper}"
+        assert on_poster in poster
+        assert f"| {name} | {row.flops:,} | {row.n} | {row.top1:.2f} | {between} | {row.top1_sd:.2f} |" in readme
 
 
 def test_the_sign_of_compounds_surplus_is_told_here_and_at_the_papers_size(rebuilt, study):
@@ -144,8 +142,9 @@ def test_the_sign_of_compounds_surplus_is_told_here_and_at_the_papers_size(rebui
 def test_the_headline_is_printed_everywhere(rebuilt, study, report, poster):
     found = outcome(study)
     assert found["headline"] == (
-        "Undecided at pocket scale: at matched FLOPs on Digits (made up), compound minus depth is +2.6 points "
-        "(−9.1 to +14.2), minus width +1.6 (−10.1 to +13.2) and minus resolution +1.4 (−2.2 to +5.0)."
+        "Undecided at pocket scale: at matched FLOPs on Digits (made up), compound minus depth is +2.57 points "
+        "(−9.10 to +14.25: unclear), minus width +1.57 (−10.10 to +13.25: unclear) "
+        "and minus resolution +1.43 (−2.17 to +5.03: unclear)."
     )
     assert plain(found["headline"]) in report and found["prefix"] in report
     for words in (found["prefix"], found["lead"], capital(found["detail"])):
@@ -154,9 +153,14 @@ def test_the_headline_is_printed_everywhere(rebuilt, study, report, poster):
 
 
 def test_every_contrast_is_printed_with_its_interval_and_word(study, report):
-    for name in ("contrasts", "length_contrasts"):
-        for row in pd.read_csv(study.study_dir / "tables" / f"{name}.csv").itertuples():
-            assert f"{row.difference:+.2f} {row.low:+.2f} to {row.high:+.2f}" in report and row.outcome in report
+    for row in pd.read_csv(study.study_dir / "tables" / "contrasts.csv").itertuples():
+        assert f"{row.difference:+.2f} {row.low:+.2f} to {row.high:+.2f}" in report and row.outcome in report
+    for row in pd.read_csv(study.study_dir / "tables" / "length_contrasts.csv").itertuples():
+        said = f"{row.n} {row.difference:+.2f} ({row.low:+.2f} to {row.high:+.2f}) {row.outcome}"
+        change = (
+            "" if math.isnan(row.change) else f" {row.change:+.2f} ({row.change_low:+.2f} to {row.change_high:+.2f})"
+        )
+        assert f"{said}{change}" in report
     said = report.replace("- ", "")  # words are hyphenated
     for claim in study.claims[:2]:  # those of compound scaling, in the summary
         assert f"{capital(claim['title'])}: {claim['status']}." in said
@@ -257,7 +261,7 @@ def decided(folder: Path, verdict: str | None, purpose: str = "evidence", n: int
         for axis, word, difference in zip(("depth", "width", "resolution"), words, (3, 2.25, -1), strict=True)
     ]
     pd.DataFrame(rows).to_csv(tables / "contrasts.csv", index=False)
-    claim = {"key": "compound_matched", "title": "compound wins", "budget": "matched", "complete": True, "seeds": n}
+    claim = {"key": "compound_matched", "title": "compound wins", "budget": "matched", "open": "", "seeds": n}
     claim |= {"outcome": verdict, "sentences": [], **changes}
     (tables / "verdict.json").write_text(json.dumps({"claims": [claim]}))
     runs = pd.DataFrame({"method": "compound", "seed": range(5), "data": "Images"})
@@ -266,67 +270,106 @@ def decided(folder: Path, verdict: str | None, purpose: str = "evidence", n: int
 
 
 @pytest.mark.parametrize(
-    ("verdict", "purpose", "n", "complete", "prefix", "lead", "status"),
+    ("verdict", "purpose", "n", "still", "prefix", "lead", "status"),
     [
         (
-            *("reproduced", "evidence", 5, True, "[Re]"),
-            *("Compound scaling wins at pocket scale: at matched FLOPs on Images, compound", "reproduced"),
+            *("reproduced", "evidence", 5, "", "[Re]"),
+            *("Compound scaling beats each single axis at pocket scale: at matched FLOPs on Images,", "reproduced"),
         ),
         (
-            *("contradicted", "evidence", 5, True, "[¬Re]"),
-            *("Compound scaling does not beat each single axis at pocket scale:", "contradicted"),
+            *("contradicted", "evidence", 5, "", "[¬Re]"),
+            *("Compound scaling beats depth, but not width and resolution at pocket scale: at", "contradicted"),
         ),
         (
-            *("inconclusive", "evidence", 5, True, "[Re: undecided]"),
+            *("inconclusive", "evidence", 5, "", "[Re: undecided]"),
             *("Undecided at pocket scale: at matched FLOPs on Images,", "inconclusive"),
         ),
         (
-            *("reproduced", "evidence", 4, True, "[Re: undecided]"),
-            *("Undecided at pocket scale: at matched", "reproduced"),
+            *("inconclusive", "evidence", 4, "16 of its 20 planned runs have ended", "[Re: undecided]"),
+            *("Undecided at pocket scale: at matched", "inconclusive (16 of its 20 planned runs have ended)"),
         ),
         (
-            *("reproduced", "evidence", 5, False, "[Re: undecided]"),
-            *("Undecided at pocket scale:", "reproduced, until all of its planned runs have ended (5 of 5)"),
+            *("inconclusive", "evidence", 5, "it needs more seeds", "[Re: undecided]"),
+            *("Undecided at pocket scale: at matched", "inconclusive (it needs more seeds)"),
         ),
         (
-            *(None, "exploratory", 5, True, "[Re: undecided]"),
+            *(None, "exploratory", 5, "", "[Re: undecided]"),
             *("Undecided at pocket scale: at matched", "compared, without a verdict"),
         ),
     ],
 )
-def test_title_and_headline_follow_from_the_verdict(tmp_path, verdict, purpose, n, complete, prefix, lead, status):
-    one = decided(tmp_path / "images", verdict, purpose, n, complete=complete)
+def test_title_and_headline_follow_from_the_verdict(tmp_path, verdict, purpose, n, still, prefix, lead, status):
+    one = decided(tmp_path / "images", verdict, purpose, n, open=still)
     found = outcome(one)
     assert found["prefix"] == prefix
     assert found["headline"].startswith(lead)
     assert found["headline"] == f"{found['lead']}: {found['detail']}"
-    said = "minus depth is +3.0 points (+2.0 to +4.0), minus width +2.3 (+1.3 to +3.3) "
-    said += "and minus resolution −1.0 (−2.0 to +0.0)"
-    assert found["headline"].endswith(f"{said}, so far with {n} of 5 seeds." if n < 5 else f"{said}.")
+    words = WORDS[verdict or "inconclusive"]
+    said = f"minus depth is +3.00 points (+2.00 to +4.00: {words[0]}), minus width +2.25 (+1.25 to +3.25: {words[1]}) "
+    said += f"and minus resolution −1.00 (−2.00 to +0.00: {words[2]})"
+    said += f", so far with {n} of 5 seeds." if n < 5 else ". It needs more seeds." if still else "."
+    assert found["headline"].endswith(said)
     assert [claim["status"] for claim in one.claims if claim["key"] == "compound_matched"] == [status]
     others = [claim["status"] for claim in one.claims if claim["key"] != "compound_matched"]
-    assert others == (["not tested yet"] * 2 if purpose == "evidence" else [])
+    assert others == (["not tested yet"] * 3 if purpose == "evidence" else [])
+
+
+@pytest.mark.parametrize(
+    ("words", "lead"),
+    [
+        (["above", "above", "below"], "Compound scaling beats depth and width, but not resolution"),
+        (["equal", "below", "below"], "Compound scaling beats no single axis"),
+        (["above", "unclear", "below"], "Compound scaling does not beat every single axis"),
+    ],
+)
+def test_what_compound_does_not_beat_is_named(tmp_path, words, lead):
+    one = decided(tmp_path / "images", "contradicted")
+    path = one.study_dir / "tables" / "contrasts.csv"
+    pd.read_csv(path).assign(outcome=words).to_csv(path, index=False)
+    assert outcome(one)["lead"] == f"{lead} at pocket scale"
+
+
+def test_a_finished_comparison_is_told_until_the_deciding_one_has_as_many_seeds(tmp_path):
+    one = decided(tmp_path / "images", "inconclusive", n=1, seeds=0, open="5 of its 20 planned runs have ended")
+    tables = one.study_dir / "tables"
+    rows = pd.read_csv(tables / "contrasts.csv")
+    both = pd.concat([rows.iloc[:1], rows.assign(claim="compound_published", n=5, difference=9, low=8, high=10)])
+    both.to_csv(tables / "contrasts.csv", index=False)
+    claim = json.loads((tables / "verdict.json").read_text())["claims"][0]
+    published = claim | {"key": "compound_published", "budget": "published", "seeds": 5, "open": ""}
+    (tables / "verdict.json").write_text(json.dumps({"claims": [claim, published]}))
+    assert "which decide, are not finished yet. At the published coefficients on Images" in outcome(one)["headline"]
+    failed = dataclasses.replace(one, runs=one.runs.assign(status=["finished", *["failed"] * 4]))
+    claim["open"] = ""
+    (tables / "verdict.json").write_text(json.dumps({"claims": [claim, published]}))
+    said = outcome(failed)["headline"]
+    assert said.startswith("Undecided at pocket scale: at matched FLOPs") and said.endswith(", with only 1 of 5 seeds.")
 
 
 def test_matched_flops_are_the_headline_before_the_published_coefficients(tmp_path):
     one = decided(tmp_path / "images", "reproduced")
+    more = pd.DataFrame({"method": "depth_matched", "seed": range(5), "status": "missing", "data": "Images"})
+    one = dataclasses.replace(one, runs=pd.concat([one.runs, more]))
     path, contrasts = one.study_dir / "tables" / "verdict.json", one.study_dir / "tables" / "contrasts.csv"
     claim, table = json.loads(path.read_text())["claims"][0], pd.read_csv(contrasts)
     both = pd.concat([table.assign(claim="compound_published", difference=9, low=8, high=10), table])
     published = claim | {"key": "compound_published", "budget": "published"}
     for claims, words in (
-        ([published, claim], "wins at pocket scale: at matched FLOPs on Images, compound minus depth is +3.0 points"),
+        (
+            [published, claim],
+            "beats each single axis at pocket scale: at matched FLOPs on Images, compound minus depth is +3.00 points",
+        ),
         (
             [published],  # reproduced or not: it does not decide
             "Undecided at pocket scale: the networks at matched FLOPs, which decide, are not finished yet. "
-            "At the published coefficients on Images, compound minus depth is +9.0 points",
+            "At the published coefficients on Images, compound minus depth is +9.00 points",
         ),
         ([claim | {"key": "axes_help"}], "the networks that the claim compares are not finished yet"),
     ):
         path.write_text(json.dumps({"claims": claims}))
         both[both["claim"].isin([claim["key"] for claim in claims])].to_csv(contrasts, index=False)
         found = outcome(dataclasses.replace(one))
-        assert words in found["headline"] and (found["prefix"] == "[Re]") == ("wins" in words)
+        assert words in found["headline"] and (found["prefix"] == "[Re]") == ("beats" in words)
 
 
 def test_a_network_is_not_compared_with_itself(tmp_path):
@@ -335,8 +378,8 @@ def test_a_network_is_not_compared_with_itself(tmp_path):
     table = pd.read_csv(path)
     table.loc[0, "outcome"] = "same network"
     table.to_csv(path, index=False)
-    said = "compound minus width is +2.3 points (+1.3 to +3.3) and minus resolution −1.0 (−2.0 to +0.0)."
-    assert outcome(one)["headline"].endswith(said)
+    said = "compound minus width is +2.25 points (+1.25 to +3.25: above) and minus resolution −1.00"
+    assert said in outcome(one)["headline"]
 
 
 def test_tables_of_other_runs_decide_nothing(tmp_path):
@@ -346,6 +389,7 @@ def test_tables_of_other_runs_decide_nothing(tmp_path):
         pd.DataFrame({"method": ["compound"], "n": [n]}).to_csv(path, index=False)
         again = dataclasses.replace(one)
         assert outcome(again)["prefix"] == prefix
+        assert ("the tables are of other runs" in outcome(again)["headline"]) == (n == 3)
         assert ("tables of the runs as they are now; to make them: make report" in again.missing) == (n == 3)
 
 

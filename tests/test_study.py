@@ -372,13 +372,13 @@ def test_a_second_study_leaves_the_analysis_to_the_first(profile_file, tmp_path,
     assert "Another process is at work on" in capsys.readouterr().out
 
 
-CLAIM = {"title": "Axes help", "outcome": None, "complete": True, "sentences": ["depth is higher", "width is lower"]}
+CLAIM = {"title": "Axes help", "outcome": None, "open": "", "sentences": ["depth is higher", "width is lower"]}
 
 
 @pytest.mark.parametrize(
     "claims, ablation, expected",
     [
-        ([CLAIM], None, ["- Axes help", "  - depth is higher.", "  - width is lower."]),
+        ([CLAIM], None, ["- Axes help: compared, without a verdict", "  - depth is higher.", "  - width is lower."]),
         ([CLAIM | {"outcome": "reproduced", "sentences": []}], None, ["- Axes help: reproduced"]),
         ([], "width,ema,-1.2345,lr 0.05 to 0.02", ["width (ema): -1.23 points by lr 0.05 to 0.02"]),
     ],

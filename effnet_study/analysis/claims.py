@@ -6,13 +6,17 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from effnet_study.analysis.statistics import CONFIDENCE, MARGIN, SAME, claim_outcome, half_up
-from effnet_study.methods import parse_method, spoken
+from effnet_study.analysis.statistics import CONFIDENCE, MARGIN, SAME, SEEDS_TO_DECIDE, WIDE, claim_outcome, half_up
+from effnet_study.methods import MATCHED, parse_method, spoken
 from effnet_study.profile import Profile
 from effnet_study.run import ENDED
 
 AXES = ("depth", "width", "resolution")
-MATCHED = tuple(("compound", f"{axis}_matched") for axis in AXES)  # the headline's contrasts
+HEADLINE = "compound_matched"  # the claim that decides
+HEADLINE_PAIRS = tuple((MATCHED[0], other) for other in MATCHED[1:])
+
+
+COMPARED = "compared, without a verdict"  # the outcome of a claim that decides nothing
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,10 @@ class Claim:
     budget: str | None = None  # at which compound scaling is compared: matched, published, x2
     decides: bool = True  # "target beats other"; else methods are only compared
 
+    @property
+    def methods(self) -> set[str]:
+        return {method for pair in self.pairs for method in pair}
+
 
 def planned_claims(methods: Iterable[str]) -> list[Claim]:
     """Return the claims that these methods can say something about, the headline first."""
@@ -36,7 +44,7 @@ def planned_claims(methods: Iterable[str]) -> list[Claim]:
     better = "the searched coefficients beat the published ones"
     about = "at about {} times the baseline's FLOPs"
     claims = [
-        Claim("compound_matched", f"{compound} at matched FLOPs", MATCHED, "matched"),
+        Claim(HEADLINE, f"{compound} at matched FLOPs", HEADLINE_PAIRS, "matched"),
         Claim("compound_published", f"{compound} at the published coefficients", _against("compound"), "published"),
         *(Claim(f"compound_x{n}", f"{compound} {about.format(n)}", _against("compound", n), f"x{n}") for n in times),
         Claim("fast_compound", fast, (("fast_compound", "compound"),), decides=False),
@@ -54,30 +62,41 @@ def _against(target: str, times: str | None = None) -> tuple[tuple[str, str], ..
     return tuple((target + end, axis + end) for axis in AXES)
 
 
+def claim_runs(claim: Claim, profile: Profile, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the planned runs of a claim. `more_seeds` are the headline's alone: no other claim is reopened by them."""
+    own = runs[runs["method"].isin(claim.methods)]
+    return own if claim.key == HEADLINE else own[own["seed"].isin(profile.seeds)]
+
+
 def verdict(profile: Profile, runs: pd.DataFrame, table: pd.DataFrame, searched: Sequence[float] | None = None) -> dict:
-    """Return the content of verdict.json: for each claim, whether all its planned runs have ended, the fewest
-    seeds, the outcome and a sentence per contrast.
+    """Return the content of verdict.json: for each claim, why it is still open ("" if it is not), the fewest seeds, the
+    outcome and a sentence per contrast.
 
     table: of `tables.contrasts`. searched: alpha, beta, gamma that the profile's search found. The outcome is None
     unless the profile's purpose is evidence and the claim says that one method beats others.
     """
-    still_open = set(runs.loc[~runs["status"].isin(ENDED), "method"])
     claims = []
     for claim in planned_claims(profile.methods):
         rows = table[table["claim"] == claim.key]
         if rows.empty:
             continue
-        methods = {method for pair in claim.pairs for method in pair}
-        complete = methods <= set(profile.methods) - still_open
+        own = claim_runs(claim, profile, runs)
+        ended = own["status"].isin(ENDED)
+        still_open = "" if set(own["method"]) == claim.methods else "methods that it needs are not planned"
+        if not ended.all():
+            still_open = f"{ended.sum()} of its {len(own)} planned runs have ended"
         seeds = int(rows["n"].min()) if len(rows) == len(claim.pairs) else 0
-        outcome = None
+        outcome, widest = None, rows["half_width"].max()
         if profile.purpose == "evidence" and profile.parent is None and claim.decides:
-            outcome = claim_outcome(rows.loc[rows["same_as"].isna(), "outcome"].tolist(), seeds, complete)
+            if claim.key == HEADLINE and seeds >= SEEDS_TO_DECIDE and widest > WIDE and not profile.more_seeds:
+                widest = f"half the width of an interval is {half_up(widest):.2f} points"
+                still_open = still_open or f"{widest}, so that the protocol asks for more seeds"
+            outcome = claim_outcome(rows.loc[rows["same_as"].isna(), "outcome"].tolist(), seeds, not still_open)
         sentences = [sentence(row) for row in rows.itertuples()]
         grown = [axis for axis, factor in zip(AXES, searched or (), strict=False) if factor > 1]
         if claim.key == "searched" and len(grown) == 1:  # the grid holds such points too
             sentences.append(f"The search gave everything to {grown[0]}, so this is not compound scaling")
-        entry = {"key": claim.key, "title": claim.title, "budget": claim.budget, "complete": complete}
+        entry = {"key": claim.key, "title": claim.title, "budget": claim.budget, "open": still_open}
         claims.append(entry | {"seeds": seeds, "outcome": outcome, "sentences": sentences})
     head = {"profile": profile.name, "purpose": profile.purpose, "stamp": profile.stamp}
     return head | {"confidence": CONFIDENCE, "margin": MARGIN, "claims": claims}
@@ -111,7 +130,7 @@ def verdict_lines(found: Mapping) -> list[str]:
     ]
     lines.append("")
     for claim in found["claims"]:
-        outcome = f": {claim['outcome']}" if claim["outcome"] else ""
-        still = "" if claim["complete"] else " (incomplete: methods or runs are missing)"
-        lines += [f"- **{claim['title']}{outcome}**{still}", *(f"  - {words}." for words in claim["sentences"])]
+        still = f" ({claim['open']})" if claim.get("open") else ""  # files of earlier versions do not say
+        lines.append(f"- **{claim['title']}: {claim['outcome'] or COMPARED}**{still}")
+        lines += [f"  - {words}." for words in claim["sentences"]]
     return lines

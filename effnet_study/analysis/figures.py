@@ -41,9 +41,9 @@ def label_ends(ax, points: Sequence[tuple[float, float, str]]) -> None:
 
 def draw_against_cost(ax, points: Mapping[str, tuple[float, Sequence[float]]], unit: str) -> None:
     """Draw (FLOPs, top-1 over seeds) of methods: a dot per seed, a tick at the mean, a bar for the 95 % interval, a
-    line for each way of scaling. What is matched is hollow; a single seed is a cross alone, because nothing is known
-    of its spread. The x axis is logarithmic, in millions or billions of FLOPs; ways of scaling stand 2.5 % apart on
-    it, in the order of their cost, so that bars of one budget do not cover each other."""
+    line for each way of scaling. A single axis at compound's FLOPs is hollow; a single seed is a cross alone, because
+    nothing is known of its spread. The x axis is logarithmic, in millions or billions of FLOPs; ways of scaling stand
+    2.5 % apart on it, in the order of their cost, so that bars of one budget do not cover each other."""
     lines = figure8_lines({method: flops for method, (flops, _) in points.items()})
     lines.sort(key=lambda line: points[line[-1]][0])
     places = {method: flops / UNITS[unit] for method, (flops, _) in points.items()}
@@ -77,7 +77,7 @@ def draw_against_cost(ax, points: Mapping[str, tuple[float, Sequence[float]]], u
 
 
 def line_styles(methods: Iterable[str]) -> dict[str, str]:
-    """Return dashes with which methods of one colour differ. What is matched is always dashed."""
+    """Return dashes with which methods of one colour differ. Single axes at compound's FLOPs are always dashed."""
     styles = {}
     for method in methods:
         same = sum(color(other) == color(method) for other in styles)
@@ -97,17 +97,19 @@ def _draw_by_epochs(ax, table: pd.DataFrame, by: str, value: str, apart: float) 
     ax.set_xlabel("epochs of training")
 
 
-def _heading(profile: Profile, done: pd.DataFrame) -> str:
-    return f"{drawn(done['data'].iloc[0], 80)}, base {profile.base_resolution} px\n{profile.stamp}"
+def _heading(profile: Profile, points: Iterable[str], done: pd.DataFrame) -> str:
+    extended = set(points) - set(profile.methods) and profile.purpose == "evidence"  # by profiles that decide nothing
+    stamp = f"{profile.stamp}; other budgets: exploratory" if extended else profile.stamp
+    return f"{drawn(done['data'].iloc[0], 80)}, base {profile.base_resolution} px\n{stamp}"
 
 
 def draw_figure8(profile: Profile, points: Mapping[str, tuple[float, Sequence[float]]], done: pd.DataFrame):
     """Draw Figure 8, ours beside the paper's. points: of `tables.figure8_points`; those that are matched are left to
     `draw_matched`."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
-    unmatched = {method: point for method, point in points.items() if not method.endswith("_matched")}
-    draw_against_cost(left, unmatched or points, "million")
-    left.set(ylabel="test top-1 (%)", title=_heading(profile, done))
+    unmatched = {method: point for method, point in points.items() if not method.endswith("_matched")} or points
+    draw_against_cost(left, unmatched, "million")
+    left.set(ylabel="test top-1 (%)", title=_heading(profile, unmatched, done))
     paper = {method: (flops, [top1]) for method, (flops, top1) in PAPER_TABLE7.items()}
     draw_against_cost(right, paper, "billion")
     title = "The paper's Table 7\nas published, one network each"
@@ -116,11 +118,12 @@ def draw_figure8(profile: Profile, points: Mapping[str, tuple[float, Sequence[fl
 
 
 def draw_matched(profile: Profile, points: Mapping[str, tuple[float, Sequence[float]]], done: pd.DataFrame):
-    """Draw the networks at compound's FLOPs, hollow where they were matched. points: of `tables.figure8_points`."""
+    """Draw the baseline and the networks at compound's FLOPs, the single axes hollow. points: of
+    `tables.figure8_points`."""
     at_compound = {m: point for m, point in points.items() if m.endswith(("_matched", "baseline", "compound"))}
     fig, ax = plt.subplots(figsize=(5, 3.8))
     draw_against_cost(ax, at_compound, "million")
-    ax.set(ylabel="test top-1 (%)", title=_heading(profile, done))
+    ax.set(ylabel="test top-1 (%)", title=_heading(profile, at_compound, done))
     return fig
 
 
@@ -241,7 +244,8 @@ def draw_lengths(profile: Profile, lengths: pd.DataFrame, contrasts: pd.DataFram
     epochs = sorted(lengths["epochs"].unique())
     for ax in (left, right):
         ax.set_xticks(epochs, epochs)
-    left.set(ylabel="test top-1 (%)", title=f"{drawn(done['data'].iloc[0], 80)}\n{profile.stamp}")
+    stamp = f"{profile.stamp}\nother lengths: exploratory" if profile.purpose == "evidence" else profile.stamp
+    left.set(ylabel="test top-1 (%)", title=f"{drawn(done['data'].iloc[0], 80)}\n{stamp}")
     title = "compound minus each matched axis\nintervals of one length: 95 % together"
     right.set(ylabel="difference (points)", title=title)
     fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)

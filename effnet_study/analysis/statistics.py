@@ -14,6 +14,7 @@ import scipy
 CONFIDENCE = 0.95  # of one mean, and of all contrasts of a claim together
 MARGIN = 0.5  # points of top-1 within which two methods count as equal
 SEEDS_TO_DECIDE = 5  # a claim with fewer finished seeds of any method stays inconclusive
+WIDE = 1.0  # points: a headline whose intervals have a greater half width at five seeds gets more seeds
 SAME = "same network"  # the word of a contrast whose two methods are by rounding one network
 
 

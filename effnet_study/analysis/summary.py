@@ -36,10 +36,11 @@ IN_RESULTS = {
 }
 IN_README = {
     "method": ("name", "{}"),
-    "FLOPs (million)": ("million_flops", "{:,.1f}"),
+    "FLOPs": ("flops", "{:,}"),
     "seeds": ("n", "{}"),
     "top-1 (%)": ("top1", "{:.2f}"),
     "95 % interval": ("interval", "{}"),
+    "SD": ("top1_sd", "{:.2f}"),
     "gain": ("gain", "{:+.2f}"),
     "paper's top-1 (%)": ("paper_top1", "{:.1f}"),
     "paper's gain": ("paper_gain", "{:+.2f}"),
@@ -155,9 +156,9 @@ def ablation_lines(profile: Profile, table: pd.DataFrame) -> list[str]:
 
 
 def short_table7(rows: pd.DataFrame) -> str:
-    """Return the published rows of Table 7 in Markdown as the project's README shows them, ours beside the paper's. A
-    gain is the difference to the baseline in points. rows: of `table7`."""
-    return _in_markdown(rows[rows["paper_top1"].notna()], IN_README, spoken, colalign=("left", *["right"] * 7))
+    """Return Table 7 in Markdown as the project's README shows it, ours beside the paper's. A gain is the difference to
+    the baseline in points. rows: of `table7`."""
+    return _in_markdown(rows, IN_README, spoken, colalign=("left", *["right"] * 8))
 
 
 def _in_markdown(rows: pd.DataFrame, columns: Mapping, name: Callable[[str], str], **options: object) -> str:
@@ -166,7 +167,7 @@ def _in_markdown(rows: pd.DataFrame, columns: Mapping, name: Callable[[str], str
     names = [name(m) + (f" (same network as {name(same)})" if isinstance(same, str) else "") for m, same in pairs]
     intervals = [f"{r.top1_low:.2f} to {r.top1_high:.2f}" if r.n > 1 else "one seed" for r in rows.itertuples()]
     values = rows.assign(name=names, interval=intervals)
-    values["minutes"], values["million_flops"] = rows["seconds"] / 60, rows["flops"] / 1e6
+    values["minutes"] = rows["seconds"] / 60
     scaled, baseline = rows["method"] != "baseline", rows[rows["method"] == "baseline"]
     for score, gain in (("top1", "gain"), ("paper_top1", "paper_gain")):
         values[gain] = (rows[score] - baseline[score].max()).where(scaled)  # NaN without a baseline

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from effnet_lib import Scaling
-from effnet_study.analysis.claims import MATCHED, planned_claims
-from effnet_study.analysis.statistics import calibration, contrast_rows, t_interval
+from effnet_study.analysis.claims import HEADLINE_PAIRS, claim_runs, planned_claims
+from effnet_study.analysis.statistics import calibration, contrast_interval, contrast_rows, t_interval, word
 from effnet_study.files import PREDICTIONS, RESULTS, load_history, plain
 from effnet_study.methods import PAPER_TABLE7
 from effnet_study.profile import Profile, load_profile, profile_names
@@ -111,10 +111,11 @@ def contrasts(profile: Profile, runs: pd.DataFrame) -> pd.DataFrame:
     half_width are those of Welch's interval at `confidence`, with which the intervals of one claim hold together at
     95 %. paper_difference is that of the paper's Table 7."""
     done = runs[runs["status"] == "finished"]
-    scores, known = scores_by_method(done), networks(profile, runs)
+    known = networks(profile, runs)
     flops = done.groupby("method")["flops"].first()
     rows = []
     for claim in planned_claims(profile.methods):
+        scores = scores_by_method(claim_runs(claim, profile, done))
         for row in contrast_rows(scores, claim.pairs, known):
             row["claim"], row["flops_ratio"] = claim.key, flops[row["target"]] / flops[row["other"]]
             target, other = (PAPER_TABLE7.get(row[side], (math.nan, math.nan))[1] for side in ("target", "other"))
@@ -153,15 +154,27 @@ def lengths(profile: Profile, results: str | Path | None = None) -> pd.DataFrame
 
 
 def length_contrasts(
-    profile: Profile, results: str | Path | None = None, pairs: Sequence[tuple[str, str]] = MATCHED
+    profile: Profile, results: str | Path | None = None, pairs: Sequence[tuple[str, str]] = HEADLINE_PAIRS
 ) -> pd.DataFrame:
-    """Return the contrasts of `pairs` at each training length; the intervals of one length hold together at 95 %."""
-    rows = []
+    """Return the contrasts of `pairs` at each training length, and by how much each differs from the profile's own
+    length (`change`, its interval and word). The intervals of one length hold together at 95 %, as do its changes."""
+    rows, usual = [], scores_by_method(finished_runs(profile, results))
     for one in length_profiles(profile):
         done = finished_runs(one, results)
-        found = contrast_rows(scores_by_method(done), pairs, networks(one, done))
-        rows += [{"epochs": one.config().epochs, **row} for row in found]
-    return pd.DataFrame(rows, columns=["epochs", "target", "other", "n", "difference", "low", "high", "outcome"])
+        scores = scores_by_method(done)
+        for row in contrast_rows(scores, pairs, networks(one, done)):
+            sides = row["target"], row["other"]
+            if one is not profile and all(method in usual for method in sides):
+                terms = [
+                    (sign * weight, group[method])
+                    for sign, group in ((1, scores), (-1, usual))
+                    for weight, method in zip((1, -1), sides, strict=True)
+                ]
+                change, low, high = contrast_interval(terms, row["confidence"])
+                row |= {"change": change, "change_low": low, "change_high": high, "change_word": word(low, high)}
+            rows.append({"epochs": one.config().epochs, **row})
+    columns = ["epochs", "target", "other", "n", "difference", "low", "high", "outcome"]
+    return pd.DataFrame(rows, columns=[*columns, "change", "change_low", "change_high", "change_word"])
 
 
 def figure8_points(

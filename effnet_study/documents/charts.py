@@ -25,7 +25,7 @@ SHAPES = {
     "fast_compound": "M-.85,-.85L0,-.3L.85,-.85L.3,0L.85,.85L0,.3L-.85,.85L-.3,0Z",
     "compound_searched": "M0,.55L.7,1L.5,.15L1.1,-.4L.35,-.45L0,-1.15L-.35,-.45L-1.1,-.4L-.5,.15L-.7,1Z",
 }
-MATCHED = "test(/_matched$/, datum.method)"  # methods of matched FLOPs: hollow dots, dashed lines
+MATCHED = "test(/_matched$/, datum.method)"  # single axes at compound's FLOPs: hollow dots, dashed
 # The tooltips: "title" of a column, or "title|number format"
 TIPS = {"label": "method", "seed": "seed", "epoch": "epoch", "flops": "FLOPs|,", "resolution": "pixels"}
 TIPS |= {"top1": "top-1 (%)|.2f", "train_loss": "training loss|.4f", "minival_top1": "minival top-1 (%)|.2f"}

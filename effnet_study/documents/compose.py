@@ -25,7 +25,7 @@ from effnet_study.analysis.architecture import worth_of_surplus
 from effnet_study.analysis.statistics import MARGIN
 from effnet_study.analysis.summary import short_table7, surplus
 from effnet_study.coefficients import COEFFICIENTS, describe_search, load_coefficients
-from effnet_study.documents.evidence import COMPARED, Study, alternative_texts, load_study, outcome, pilot_table
+from effnet_study.documents.evidence import Study, alternative_texts, load_study, outcome, pilot_table
 from effnet_study.documents.page import build_page
 from effnet_study.documents.scale import describe_scale, load_facts
 from effnet_study.documents.templates import fill_in
@@ -63,18 +63,24 @@ def make_figures(study: Study) -> dict[str, str]:
 
 
 def _execute(study: Study, notebook: str, parameters: Mapping[str, object]) -> None:
-    """Execute a notebook for a study. The old one stays if the tables are the same: the images or weights for its
-    Figure 7 may be missing here."""
-    executed, tables = study.study_dir / "notebooks" / f"{notebook}.ipynb", study.study_dir / "tables"
-    before = {path: path.read_bytes() for path in tables.glob("*")}
+    """Execute a notebook for a study. The old one stays if the tables and Figure 8 are the same: the images or weights
+    for its Figure 7 may be missing here."""
+    executed = study.study_dir / "notebooks" / f"{notebook}.ipynb"
+    before = _shown(study)
     new = executed.parent / f"new_{notebook}" / executed.name
     parameters = {"profile": study.profile.source or study.name, **parameters}
     if study.results != RESULTS:  # keeps paths of this machine out
         parameters["results"] = str(study.results)
     run_notebook(notebook, new, parameters, threads=1)
-    if not executed.is_file() or before != {path: path.read_bytes() for path in tables.glob("*")}:
+    if not executed.is_file() or before != _shown(study):
         new.replace(executed)
     shutil.rmtree(new.parent)
+
+
+def _shown(study: Study) -> dict[Path, bytes]:
+    """Return the files by which two analyses are compared. Figure 8 also has runs of the study's extensions."""
+    files = [*study.study_dir.glob("tables/*"), *study.study_dir.glob("figures/figure8.svg")]
+    return {path: path.read_bytes() for path in files}
 
 
 def describe(study: Study) -> dict:
@@ -153,13 +159,11 @@ def results_block(study: Study) -> str:
     """Return the README's section of results, in Markdown, between its two marks."""
     rows, words = study.table("table7"), {name: in_markdown(text) for name, text in outcome(study).items()}
     values = {"study": study, "outcome": words, "alt": alternative_texts(), "rows": rows}
-    values["judged"] = [claim for claim in study.claims if claim["status"] != COMPARED]
     values["pilots"] = sum(len(row["scores"]) for row in pilot_table(study))
     values["started"] = [each for each in study.extensions if not each.finished.empty]
     if rows is not None:
         values |= {"table7": short_table7(rows), "surplus": surplus(rows, study.table("table7_cost"))}
-        shown = rows[rows["paper_top1"].notna()]
-        values |= {"networks": len(shown), "hours": shown["seconds"].sum() / 3600}
+        values["hours"] = rows["seconds"].sum() / 3600
     return f"{BEGIN}\n{fill_in('readme-template.md', **values)}{END}"
 
 

@@ -6,7 +6,7 @@ its extensions, what is missing, and the outcome in words (from tables/verdict.j
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -14,9 +14,9 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from effnet_study.analysis.claims import planned_claims
+from effnet_study.analysis.claims import COMPARED, HEADLINE, Claim, claim_runs, planned_claims
 from effnet_study.analysis.recipes import load_pilots
-from effnet_study.analysis.statistics import SAME, SEEDS_TO_DECIDE, half_up
+from effnet_study.analysis.statistics import SAME, half_up
 from effnet_study.analysis.tables import extensions, kind_of
 from effnet_study.documents.templates import capital, listed
 from effnet_study.files import NOTEBOOKS, RESULTS, plain, read_table
@@ -25,14 +25,11 @@ from effnet_study.profile import Profile
 from effnet_study.record import read_record
 from effnet_study.run import ENDED, load_runs
 
-HEADLINES = ("compound_matched", "compound_published")  # keys of claims: the first that a study has is its headline
+HEADLINES = (HEADLINE, "compound_published")  # keys of claims: the first that a study plans decides
 BUDGETS = {"matched": "at matched FLOPs", "published": "at the published coefficients"}
-DECIDED = {  # outcome of a claim: how the headline begins, and the title's prefix as in ReScience C
-    "reproduced": ("Compound scaling wins", "[Re]"),
-    "contradicted": ("Compound scaling does not beat each single axis", "[¬Re]"),
-}
+# The title's prefix by the outcome of the claim that decides, as in ReScience C
+PREFIXES = {"reproduced": "[Re]", "contradicted": "[¬Re]"}
 UNDECIDED = "[Re: undecided]"
-COMPARED = "compared, without a verdict"  # the status of a claim that decides nothing
 EXPECTED = {  # files of every study with finished runs, and what they are
     "tables/table7.csv": "Table 7",
     "tables/contrasts.csv": "the differences between methods",
@@ -101,25 +98,29 @@ class Study:
     @cached_property
     def claims(self) -> list[dict]:
         """The claims of tables/verdict.json, and in a study of evidence those that no finished runs compare yet.
-        `status` is the outcome, or says that there is none."""
+        `status` is the outcome and why it is open; of a claim that decides nothing, what was found."""
         path = self.study_dir / "tables" / "verdict.json"
         if not path.is_file():
             return []
-        found = {claim["key"]: claim for claim in json.loads(path.read_text(encoding="utf-8"))["claims"]}
-        ended, claims = self.runs["status"].isin(ENDED), []
+        found = {claim["key"]: {"open": ""} | claim for claim in json.loads(path.read_text(encoding="utf-8"))["claims"]}
+        claims = []
         for planned in planned_claims(self.profile.methods):
             claim = found.get(planned.key)
             if claim is not None:
-                claim["status"] = claim["outcome"] or COMPARED
-                if claim["outcome"] and not claim["complete"]:
-                    own = self.runs["method"].isin([method for pair in planned.pairs for method in pair])
-                    count = f"{(ended & own).sum()} of {own.sum()}"
-                    claim["status"] += f", until all of its planned runs have ended ({count})"
-            elif planned.decides and self.profile.purpose == "evidence":
+                still = f" ({claim['open']})" if claim["open"] else ""
+                told = claim["outcome"] or COMPARED
+                if not planned.decides:
+                    told = listed(claim["sentences"]).replace(" -", " −")
+                claims.append(claim | {"status": told + still})
+            elif self.profile.purpose == "evidence":
                 claim = {"key": planned.key, "title": planned.title, "budget": planned.budget, "sentences": []}
-                claim |= {"complete": False, "seeds": 0, "outcome": None, "status": "not tested yet"}
-            claims += [claim] if claim is not None else []
+                claims.append(claim | {"open": "no runs", "seeds": 0, "outcome": None, "status": "not tested yet"})
         return claims
+
+    def open_runs(self, claim: Claim) -> pd.DataFrame:
+        """Return the rows of the claim's planned runs that have not ended."""
+        own = claim_runs(claim, self.profile, self.runs)
+        return own[~own["status"].isin(ENDED)]
 
     @property
     def unfinished(self) -> str:
@@ -163,46 +164,77 @@ def outcome(study: Study) -> dict[str, str]:
     """Return the outcome for titles: prefix ([Re], [¬Re] or [Re: undecided]); lead, which answers the question; detail,
     the differences in a sentence; headline, both together; unfinished.
 
-    The first of HEADLINES that the study plans decides. While it has no differences, those of the next one are told."""
-    scale = f" at {study.scale}" if study.scale else ""
-    planned = {claim.key for claim in planned_claims(study.profile.methods)}
-    decisive = next((key for key in HEADLINES if key in planned), None)
+    The first of HEADLINES that the study plans decides. Until all its runs have ended, the one of most seeds is told.
+    """
+    planned = {claim.key: claim for claim in planned_claims(study.profile.methods) if claim.key in HEADLINES}
     claims, contrasts = {claim["key"]: claim for claim in study.claims}, study.table("contrasts")
-    for key in HEADLINES if contrasts is not None and not study.stale else ():
-        rows = contrasts[(contrasts["claim"] == key) & (contrasts["outcome"] != SAME)]
-        if key in claims and not rows.empty:
-            break
-    else:
-        rows = pd.DataFrame()
-    lead, prefix, detail = f"Undecided{scale}", UNDECIDED, "the networks that the claim compares are not finished yet."
+    found = {key: pd.DataFrame() for key in planned}
+    if contrasts is not None and not study.stale:
+        rows = contrasts[contrasts["outcome"] != SAME]
+        found |= {key: rows[rows["claim"] == key] for key in planned if key in claims}
+    decisive = next(iter(planned), None)
+    told = [key for key, rows in found.items() if not rows.empty]
+    if told and not (decisive in told and claims[decisive]["open"] == ""):
+        told.sort(key=lambda key: -claims[key]["seeds"])  # stable: of as many seeds, the one that decides
+    lead, prefix = "Undecided", UNDECIDED
     if study.finished.empty:
         detail = "no run of the study is finished yet."
-    elif not rows.empty:
-        claim = claims[key]
-        if key == decisive and claim["outcome"] in DECIDED and claim["complete"] and claim["seeds"] >= SEEDS_TO_DECIDE:
-            words, prefix = DECIDED[claim["outcome"]]
-            lead = f"{words}{scale}"
-        detail = f"{BUDGETS[claim['budget']]} on {study.data}, {_differences(rows)}{_so_far(study, rows)}."
+    elif study.stale:
+        detail = "the tables are of other runs than those that are finished; to make them anew: make report."
+    elif not told:
+        detail = f"the networks that the claim compares {_state(study, planned.values())}."
+    else:
+        key, rows, claim = told[0], found[told[0]], claims[told[0]]
+        if key == decisive and claim["outcome"] in PREFIXES:
+            lead, prefix = _lead(rows), PREFIXES[claim["outcome"]]
+        seeds = _seeds(study, planned[key], rows)
+        detail = f"{BUDGETS[claim['budget']]} on {study.data}, {_differences(rows)}{seeds}."
         if key != decisive:
-            detail = f"the networks {BUDGETS['matched']}, which decide, are not finished yet. {capital(detail)}"
-    found = {"prefix": prefix, "lead": lead, "detail": detail, "headline": f"{lead}: {detail}"}
-    return found | {"unfinished": study.unfinished}
+            state = _state(study, [planned[decisive]])
+            detail = f"the networks {BUDGETS['matched']}, which decide, {state}. {capital(detail)}"
+        elif claim["open"] and study.open_runs(planned[decisive]).empty:
+            detail += f" {capital(claim['open'])}."
+    lead += f" at {study.scale}" if study.scale else ""
+    words = {"prefix": prefix, "lead": lead, "detail": detail, "headline": f"{lead}: {detail}"}
+    return words | {"unfinished": study.unfinished}
+
+
+def _state(study: Study, claims: Iterable[Claim]) -> str:
+    """Say of networks without scores why there are none."""
+    runs = pd.concat(claim_runs(claim, study.profile, study.runs) for claim in claims)
+    failed = runs["status"].isin(ENDED).all() and (runs["status"] != "finished").any()
+    return "have no scores, because their runs failed" if failed else "are not finished yet"
+
+
+def _lead(rows: pd.DataFrame) -> str:
+    """Answer the question by the contrasts of a claim that is decided."""
+    beaten, axes = rows["outcome"] == "above", rows["other"].str.removesuffix("_matched")
+    if beaten.all():
+        return "Compound scaling beats each single axis"
+    if "unclear" in set(rows["outcome"]):
+        return "Compound scaling does not beat every single axis"
+    if not beaten.any():
+        return "Compound scaling beats no single axis"
+    return f"Compound scaling beats {listed(axes[beaten])}, but not {listed(axes[~beaten])}"
 
 
 def _differences(rows: pd.DataFrame) -> str:
     """Say the contrasts of compound scaling in words."""
     parts = []
     for row in rows.itertuples():
-        low, high, difference = (f"{half_up(value):+.1f}" for value in (row.low, row.high, row.difference))
-        interval = f"{low} to {high}" if row.n > 1 else "one seed"
+        low, high, difference = (f"{half_up(value):+.2f}" for value in (row.low, row.high, row.difference))
+        interval = f"{low} to {high}: {row.outcome}" if row.n > 1 else "one seed"
         other = spoken(row.other.removesuffix("_matched"))
         parts.append(f"minus {other}{'' if parts else ' is'} {difference}{'' if parts else ' points'} ({interval})")
     return f"compound {listed(parts)}".replace("-", "−")
 
 
-def _so_far(study: Study, rows: pd.DataFrame) -> str:
-    few, planned = rows["n"].min(), len(study.profile.seeds)
-    return f", so far with {few} of {planned} seeds" if few < planned and study.unfinished else ""
+def _seeds(study: Study, claim: Claim, rows: pd.DataFrame) -> str:
+    """Say how many seeds there are if these are fewer than planned."""
+    few, planned = rows["n"].min(), claim_runs(claim, study.profile, study.runs).groupby("method").size().min()
+    if few >= planned:
+        return ""
+    return f", {'with only' if study.open_runs(claim).empty else 'so far with'} {few} of {planned} seeds"
 
 
 def pilot_table(study: Study) -> list[dict]:
