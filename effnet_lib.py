@@ -424,7 +424,7 @@ class RMSpropTF(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "decay": decay, "momentum": momentum, "eps": eps, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -467,7 +467,8 @@ def update_ema(ema: list[Tensor], now: list[Tensor], ema_decay: float, n: int) -
 
 def step_seed(seed: int, epoch: int, step: int, first: int = 0) -> int:
     """Return the seed of dropout and stochastic depth for the micro-batch that starts at image `first` of a step.
-    So a resumed run, or several processes that share a step, draw the same numbers as one uninterrupted process."""
+    So a resumed run draws the same numbers. Several processes do too, if their micro-batches are those of one process.
+    """
     return int(np.random.SeedSequence([seed, epoch, step, first]).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -538,7 +539,7 @@ class Trainer:
         return total
 
     def add_gradient(self, images: Tensor, labels: Tensor, weight: float, last: bool) -> Tensor:
-        """Add the gradient of `weight` times a micro-batch's mean loss, and return it. last: the step has no more."""
+        """Add the gradient of `weight` times a micro-batch's mean loss, and return it. last: of the step."""
         with autocast(self.config.precision, self.device):
             loss = F.cross_entropy(self.forward(images), labels, label_smoothing=self.config.label_smoothing)
         loss = loss * weight
@@ -560,7 +561,7 @@ def evaluate(
 ) -> dict:
     """Score `model` on a split of `data` ("minival" or "test") at `resolution`, on the device that the model is on.
 
-    Returns top1 and top5 in percent (top5 is 100 below five classes), the mean cross-entropy as loss, and numpy
+    Returns top1 and top5 in percent (top5 is 100 with five classes or fewer), the mean cross-entropy as loss, and numpy
     arrays (images,) in the split's order: correct, label, predicted, confidence (the predicted class's probability)."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()

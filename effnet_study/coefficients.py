@@ -28,7 +28,11 @@ def load_coefficients(profile: Profile, study_dir: Path) -> dict | None:
 def searched_coefficients(profile: Profile, study_dir: Path) -> tuple[float, float, float] | None:
     """Return alpha, beta, gamma that the profile's search found. None if none was made with the present settings."""
     found = load_coefficients(profile, study_dir) if profile.search is not None else None
-    if found is None or found.get("made_by") != made_by(profile):
+    if found is None:
+        return None
+    settings = found.get("made_by", {})
+    recipes = {part: recipe(settings[part]) for part in ("recipe", "candidates") if part in settings}
+    if settings | recipes != made_by(profile):
         return None
     return tuple(float(found[name]) for name in ("alpha", "beta", "gamma"))
 

@@ -1,5 +1,5 @@
-"""Files that are complete or absent: atomic writes, the lock of a run, its progress, its checkpoints. And names of
-classes, data sets and profiles, as they are drawn or written: a name may have any characters.
+"""Files that are complete or absent: atomic writes, the lock of a run, its progress, its checkpoints. And how names of
+classes, data sets and profiles, which may have any characters, are escaped for figures, Markdown and a terminal.
 
 Nothing here knows of networks or of training. ROOT is the project's folder, whose results/ is the default for results.
 """
@@ -255,7 +255,8 @@ def read_checkpoint(run_dir: Path, check: Callable[[Path, dict], None]) -> dict 
             reason = f"unreadable ({type(error).__name__}: {error})"
         else:
             for other in unused:
-                other.replace(other.with_suffix(".refused.pt"))
+                with contextlib.suppress(FileNotFoundError):  # another process of the run has renamed it
+                    other.replace(other.with_suffix(".refused.pt"))
             return checkpoint
         print(f"{path} is not used: {reason}", flush=True)
         unused.append(path)

@@ -73,6 +73,8 @@ def prepare(device: torch.device, deterministic: bool = False) -> None:
     if device.type != "cuda":
         keep_freed_memory()
         return
+    if device.index is not None:
+        torch.cuda.set_device(device)  # streams and memory are by default those of this device
     torch.backends.cudnn.benchmark = not deterministic  # all batches have one shape
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -130,7 +132,9 @@ def machine_failed(error: Exception) -> bool:
 # ---- 3. Compiler ---------------------------------------------------------------------------------------------------
 
 
-GPU_CODE = {"combo_kernels": True}  # of Inductor: small kernels that do not depend on each other share a launch
+# Of Inductor: small kernels that do not depend on each other share a launch, and stochastic depth draws as without
+# compiling. On a GPU Inductor would otherwise use a generator of its own.
+GPU_CODE = {"combo_kernels": True, "fallback_random": True}
 
 
 def can_compile() -> bool:
@@ -162,12 +166,23 @@ def environment(device: torch.device) -> dict:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions["torchvision"] = importlib.metadata.version("torchvision")
     versions["cuda"] = torch.version.cuda if device.type == "cuda" else None
-    return {"device": {"type": device.type, "name": device_name(device)}, "versions": versions, "git": git_state()}
+    about = {"type": device.type, "name": device_name(device), "processor": processor()}
+    return {"device": about, "versions": versions, "git": git_state()}
+
+
+def processor() -> str:
+    """Return what decides the last digits of a sum on a CPU and its name may not tell: vendor, family and model of the
+    processor, and the vector instructions that torch uses."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = dict(re.findall(r"^(vendor_id|cpu family|model)\s*:\s*(\S+)", text, re.MULTILINE))  # equal for all cores
+    known = "{vendor_id} family {cpu family} model {model}, ".format_map(found) if len(found) == 3 else ""
+    return known + torch.backends.cpu.get_cpu_capability()
 
 
 def git(*words: str, root: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run git on this checkout, and on no other one around it. Git accepts another user's only if it is named. OSError
-    without git."""
+    """Run git on this checkout, and on no other one around it. --git-dir makes git accept a checkout that another user
+    owns. OSError without git."""
     command = ["git", "-C", str(root), "--git-dir=.git", "--work-tree=.", *words]
     return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
 

@@ -81,7 +81,8 @@ def plan_model(
     images = {key: changes.pop(key) for key in DataSettings.model_fields.keys() - {"name"} if key in changes}
     for key in ("resolution", "seed"):
         if key in changes:
-            raise ValueError(f"{key} is no setting of the recipe; give it by --{key}")
+            argument = "pixels" if key == "resolution" else key
+            raise ValueError(f"{key} is no setting of the recipe; give it by --{key}, or as the argument {argument}")
     if dataset in profile_names() or dataset.endswith((".yaml", ".yml")):
         profile = load_profile(dataset)
         profile = profile.replace(train=profile.train | changes, baseline=TABLE7["baseline"])

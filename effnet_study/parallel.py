@@ -21,7 +21,7 @@ from effnet_lib import TrainConfig, Trainer
 from effnet_study.files import RunLocked, RunMismatch
 from effnet_study.stop import Interrupted, ProcessKilled
 
-MICRO_BATCH = "micro_batch"  # in a run's folder: the size with which processes that ran out of memory start again
+MICRO_BATCH = "micro_batch"  # file in a run's folder: the size with which processes that ran out of memory start again
 
 
 class Group:

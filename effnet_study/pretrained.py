@@ -23,7 +23,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Other networks, from torchvision, and the name of their first convolution, whose stride is the stem's
 TORCHVISION_MODELS = {"resnet50": "conv1", "resnet152": "conv1", "densenet201": "features.conv0"}
 
-# Where checkpoints of other projects keep their state dict, and what wrappers of a network put before its names
+# Keys under which other projects keep a state dict, and prefixes that wrappers such as DDP add to its names
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
 PREFIX = re.compile(r"(?<![^.])(?:module|_orig_mod|model|net|network)\.")
 # The file of DenseNet's weights has older names, which torchvision translates in the same way
@@ -38,7 +38,8 @@ def create_model(
     """Build b0 to b7, or one of TORCHVISION_MODELS, by name. `options` are those of `EfficientNet`.
 
     pretrained: True for torchvision's ImageNet weights, or other weights: a state dict with torchvision's names or
-        ours, or a file with one (safetensors or torch.save), also inside a checkpoint of another project.
+        ours, or a file with one (safetensors or torch.save), also inside a checkpoint of another project. With
+        torchvision's names, batch norm's eps is torchvision's, too.
     new_head: with pretrained, keep a new classifier, for other classes than those of the weights.
     ValueError if the weights do not fit; FileNotFoundError if the ImageNet weights cannot be fetched."""
     check_name(name)
@@ -54,7 +55,7 @@ def create_model(
             theirs = get_model(_torchvision_name(name), weights=None).state_dict()
         ours = dict(zip(theirs, model.state_dict(), strict=True))
         load_weights(model, {ours.get(key, key): value for key, value in weights.items()}, new_head)
-        if name in VARIANTS:
+        if name in VARIANTS and theirs.keys() & weights.keys():  # our own networks were trained with their eps
             set_torchvision_eps(model)
     return model
 

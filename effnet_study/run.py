@@ -39,7 +39,7 @@ ENDED = ("finished", "failed", "diverged")
 
 
 def _as_expected(data: ImageData, config: TrainConfig) -> ImageData:
-    """Return the data as the weights with which training begins expect it: ImageNet's with ImageNet's mean and std."""
+    """Return the data, normalised by ImageNet's mean and std if training begins with ImageNet's weights."""
     if not config.pretrained:
         return data
     mean, std = (255 * torch.tensor(values, device=data.device) for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -32,7 +32,7 @@ from effnet_study.execution.notebook import run_notebook
 from effnet_study.files import RESULTS, save_table, write_json
 from effnet_study.machine import choose_device, device_name, environment, keep_freed_memory, peak_memory, prepare
 from effnet_study.methods import scaled_cost
-from effnet_study.trainers import count_steps, prepare_trainer
+from effnet_study.trainers import count_steps, execution_mode, prepare_trainer
 
 # ---- 1. Training steps ---------------------------------------------------------------------------------------------
 
@@ -176,7 +176,8 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def least_bytes(px: int, device: torch.device) -> int:
-    """Count the bytes that training moves at least for an image of B0: 06_throughput explains the 14 passes."""
+    """Return the bytes of memory traffic that training needs at least for an image of B0: 06_throughput explains the 14
+    passes."""
     return 14 * scaled_cost(TABLE7["baseline"], px).activations * (2 if device.type == "cuda" else 4)
 
 
@@ -282,6 +283,7 @@ def estimate_seconds(
     processes: GPUs that share each step. One share is measured, without the exchange of gradients."""
     marks, least = [time.perf_counter()], 8 if device.type == "cuda" else 2
     steps = count_steps(data, config)
+    config = config.replace(compile=execution_mode(config, device, processes > 1))
     trainer, data = prepare_trainer(model, config, device), data.to(device)
     for step, (images, labels) in enumerate(data.train_batches(config, 0, shard=(0, processes))):
         trainer.step(images, labels, 0, step, steps).item()  # waits for the device

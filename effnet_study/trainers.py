@@ -1,4 +1,4 @@
-"""Which trainer runs a config on a device: a plain one, one of several processes, a compiled or a captured one."""
+"""Choose the trainer for a config and a device: plain, of several processes, compiled, or captured as a CUDA graph."""
 
 from collections.abc import Callable
 
@@ -61,7 +61,7 @@ class CapturedTrainer(Trainer):
 
     With small images a GPU computes faster than Python launches kernels, some 1,200 in a step of B0. The graph replaces
     all but those of the optimizer and the moving average, which are few: they stay outside, so that learning rate and
-    decay are ordinary numbers. The draws are those of the plain step, because a graph takes torch's seed when it runs.
+    decay are ordinary numbers. The draws are those of the plain step: a replay begins at the generator's seed.
     If the capture fails, training goes on without it."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device):
@@ -80,10 +80,10 @@ class CapturedTrainer(Trainer):
         if captured and self.replay is None and self.seen > WARM_UP and self.mode == "graph":
             self.capture(images, labels)
         if not captured or self.replay is None:
-            self.stream.wait_stream(torch.cuda.current_stream())
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
                 loss = super().add_gradient(images, labels, weight, last)
-            torch.cuda.current_stream().wait_stream(self.stream)
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
             return loss
         self.images.copy_(images)
         self.labels.copy_(labels)

@@ -101,7 +101,8 @@ def train(
             raise
         except Exception as error:
             if machine_failed(error):
-                raise ProcessKilled(f"{type(error).__name__}: {error}; run again to go on") from error
+                again = "in a new process (a notebook: restart its kernel) it goes on from its checkpoint"
+                raise ProcessKilled(f"{type(error).__name__}: {error}; {again}") from error
             if group.world == 1:  # with several processes, the launcher reports the failure
                 write_record(run_dir, assemble(*known, {"error": f"{type(error).__name__}: {error}"}))
             raise
@@ -209,6 +210,7 @@ class Training:
         if not (stopping or saving or event.step % 50 == 0 or last):
             return -1
         bad = int(self.group.largest(self.bad))  # this waits for the device, so it is not done at every step
+        seconds = time.perf_counter() - self.begin
         if bad < 0 and scaler.is_enabled() and scaler.get_scale() < 1e-3:
             bad = number  # a scale this small means that no step is taken any more
         if bad < 0:

@@ -197,6 +197,8 @@ def test_code_is_generated_for_every_part(faked, method):
     parts, code = faked(generate_code, TABLE7[method])
     assert len(code) == 2 * parts  # forward and backward, and equal blocks share it
     assert all("triton_" in text and "def call(" in text for text in code)
+    assert any("aten.rand" in text for text in code)  # stochastic depth draws as without compiling
+    assert not any("tl.rand" in text or "inductor_seed" in text for text in code)
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C compiler for the stubs of a driver")

@@ -357,6 +357,14 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, capsys):
     assert sorted(kinds[3:]) == [".png (1)", "README (1)", "d (1)", "extra (1)"]
 
 
+def test_a_folder_that_links_to_itself_is_read_once(tmp_path, capsys):
+    folder = write_folder(tmp_path / "D", "a", "b")
+    (folder / "a" / "self").symlink_to(".")
+    (folder / "b" / "all").symlink_to(folder)
+    assert len(load_data(f"folder:{folder}", tmp_path, size=4).files) == 20
+    assert "links to a folder that holds them (2)" in capsys.readouterr().out
+
+
 def test_a_link_that_leads_nowhere_is_a_damaged_image(tmp_path):
     folder = write_folder(tmp_path / "D", "a", "b")
     (folder / "a" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")

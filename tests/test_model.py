@@ -80,6 +80,14 @@ def test_every_variant_takes_torchvisions_weights_and_has_its_eps(name):
     assert kinds[0] == kinds[1] and len(kinds[0]) == 1
 
 
+def test_our_own_weights_keep_our_eps():
+    torch.manual_seed(0)
+    ours = create_model("b0", 10)
+    again = create_model("b0", 10, pretrained=ours.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(ours.eval()(images), again.eval()(images))
+
+
 @pytest.fixture
 def published_weights(tmp_path, monkeypatch):
     """A function that publishes a state dict as the weights of every network, and returns where they will be kept."""

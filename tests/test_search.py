@@ -216,6 +216,16 @@ def test_coefficients_stand_though_settings_change_that_decide_no_result(profile
     assert searched_coefficients(other, tmp_path / "tiny") == (1.0, 1.4, 1.0)
 
 
+def test_coefficients_stand_though_the_library_has_more_settings(profile_file, searching, tmp_path):
+    profile = searching()
+    settings = json.loads(json.dumps(made_by(profile)))
+    for part in ("recipe", "candidates"):
+        assert settings[part].pop("hue") == 0.0  # as if the setting had not existed then
+        settings[part]["warmup"] = settings[part].pop("warmup_fraction")  # its earlier name
+    found(profile, tmp_path, made_by=settings)
+    assert searched_coefficients(profile, tmp_path / "tiny") == (1.0, 1.4, 1.0)
+
+
 @pytest.mark.parametrize(("error", "state"), [(RuntimeError, "failed"), (ProcessKilled, "missing")])
 def test_only_a_candidates_own_failure_is_a_hole_in_the_table(error, state, tmp_path):
     cells = nbformat.read(study.NOTEBOOKS / "03_coefficient_search.ipynb", 4).cells

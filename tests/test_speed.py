@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from effnet_lib import TABLE7, SqueezeExcitation
-from effnet_study import speed
+from effnet_study import speed, trainers
 from effnet_study.analysis import throughput
 from effnet_study.cpu_kernels import CpuConv2d, CpuSqueezeExcitation
 from effnet_study.execution.notebook import run_notebook
@@ -193,7 +193,8 @@ def test_the_time_of_a_run_is_estimated_from_a_few_steps(recipe, monkeypatch):
             return iter([(torch.zeros(25), None)])
 
     trainer = SimpleNamespace(step=step, ema=Network())
-    monkeypatch.setattr(speed, "prepare_trainer", lambda model, config, device: trainer)
+    modes = []
+    monkeypatch.setattr(speed, "prepare_trainer", lambda model, config, device: modes.append(config.compile) or trainer)
     monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
     config = recipe(batch_size=10, epochs=4)
     seconds = estimate_seconds(None, Data(), config, torch.device("cpu"), budget=4)
@@ -202,6 +203,10 @@ def test_the_time_of_a_run_is_estimated_from_a_few_steps(recipe, monkeypatch):
     assert taken == [(0, 0, 10), (0, 1, 10), (0, 2, 10)]  # until 80 % of the 4 s are over, after the first step
     estimate_seconds(None, Data(), config, torch.device("cpu"), processes=2)
     assert shards == [(0, 1), (0, 2)]  # of several GPUs, one's share is timed
+    monkeypatch.setattr(trainers, "can_compile", lambda: True)
+    for processes in (1, 2):
+        estimate_seconds(None, Data(), config, torch.device("cuda"), processes=processes)
+    assert modes[-2:] == ["graph", "blocks"]  # which several processes cannot capture
     with pytest.raises(ValueError, match="batch_size: 128 exceeds the training set's 105 images"):
         estimate_seconds(None, Data(), config.replace(batch_size=128), torch.device("cpu"))
 

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -171,6 +172,14 @@ def whole(tmp_path_factory, digits):
     return run_dir
 
 
+def test_the_time_of_an_epoch_includes_waiting_for_the_device(digits, tmp_path, monkeypatch):
+    """On a GPU the last steps are still computed when Python has launched them. `largest` waits for them."""
+    largest = Group.largest
+    monkeypatch.setattr(Group, "largest", lambda group, value: time.sleep(1) or largest(group, value))
+    train(small_net(), digits, small_config(epochs=1), tmp_path, device="cpu")
+    assert rows_of(tmp_path)[0]["images_per_second"] < 240
+
+
 def test_a_run_learns_and_leaves_its_record(whole, digits):
     record, config = read_record(whole), small_config()
     assert record["schema"] == 3 and record["status"] == "finished"
@@ -183,6 +192,7 @@ def test_a_run_learns_and_leaves_its_record(whole, digits):
     assert record["dataset"]["fingerprint"] == digits.fingerprint
     assert record["weights_sha256"] == hashlib.sha256((whole / "weights.safetensors").read_bytes()).hexdigest()
     assert record["versions"]["torch"] == torch.__version__ and record["device"]["type"] == "cpu"
+    assert record["device"]["processor"].endswith(torch.backends.cpu.get_cpu_capability())
     assert record["peak_memory_bytes"] > 1e8
     assert (record["dtype"], record["compiled"], record["devices"], record["micro_batch"]) == ("float32", False, 1, 24)
     begin, end = (datetime.fromisoformat(record[name]) for name in ("started", "ended"))
@@ -409,7 +419,7 @@ def test_a_machine_that_fails_leaves_the_run_to_be_continued(tmp_path, digits):
         raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
 
     config = small_config(save_steps=1)
-    with pytest.raises(ProcessKilled, match="ECC error.*run again to go on"):
+    with pytest.raises(ProcessKilled, match="ECC error.*in a new process .* it goes on from its checkpoint"):
         train(small_net(), Disturbed(digits, fail), config, tmp_path)
     assert read_record(tmp_path) is None and (tmp_path / "checkpoint.pt").exists()
     assert train(small_net(), digits, config, tmp_path)["status"] == "finished"

@@ -189,7 +189,8 @@ def _resample(images: Tensor, columns: Tensor, rows: Tensor, resolution: int) ->
 
 def _interpolation(edges: Tensor, length: int, resolution: int) -> Tensor:
     """Return the weights (N, resolution, length) of bilinear interpolation over the box `edges`, antialiased as in
-    Pillow and torch's interpolate: the triangle of an output pixel that is wider than an input pixel is as wide."""
+    Pillow and torch's interpolate: the triangle filter is as wide as an output pixel where that is wider than an
+    input pixel."""
     first, last = edges[:, :1] * length, edges[:, 1:] * length  # (N, 1) in input pixels
     scale = (last - first) / resolution
     centre = first + scale * (torch.arange(resolution, device=edges.device) + 0.5)  # (N, R)

@@ -63,6 +63,10 @@ class ImageData:
         device = torch.empty(0, device=device).device
         if self.device == device:
             return self
+        if device.type != "cuda":
+            raise ValueError(
+                f"device: expected a GPU for images that are on {self.device}, got {device}; load them again"
+            )
         torch.cuda.empty_cache()  # what torch keeps for later would count as taken
         whole = self.images.nbytes <= torch.cuda.mem_get_info(device)[0] // 2
         names = ("mean", "std", "images", "labels") if whole else ("mean", "std")
@@ -78,8 +82,8 @@ class ImageData:
         mixed images.
 
         config: its resolution, batch_size, seed and augmentations are read. Order and draws depend on seed, epoch and
-        step alone, whatever the device. The last, partial batch is left out; the order differs between epochs, so every
-        image gets its turn. shard: (i, n) yields the ith of n equal parts of every batch."""
+        step alone, whatever the device. The last, partial batch is left out, of other images in
+        each epoch. shard: (i, n) yields the ith of n equal parts of every batch."""
         n, augmentations = config.batch_size, {name: getattr(config, name) for name in AUGMENTATION_DEFAULTS}
         order = torch.randperm(self.counts["train"], generator=_generator(config.seed, epoch))
         order = self.indices["train"][order.to(self.labels.device)]

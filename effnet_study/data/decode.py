@@ -88,8 +88,8 @@ def load_images(folder: Path, files: list[File], size: int, cache: Path, name: s
 
 
 def _write(path: Path, folder: Path, files: list[File], size: int) -> Decoded:
-    """Decode images into the cache at `path`. Remove what is of no more use first, because it takes room: what a killed
-    process left, and caches of the same name and size that were made of other files."""
+    """Decode images into the cache at `path`. To free disk space, first delete the temporary files of killed processes,
+    and caches of the same name and size that were made of other files."""
     for old in path.parent.iterdir():
         if old.name.removeprefix(".").startswith(path.stem[:-32]):
             old.unlink(missing_ok=True)

@@ -58,7 +58,7 @@ def check_parameters(notebook: str, values: Mapping[str, object]) -> dict[str, o
 def check_notebook(notebook: str, namespace: Mapping[str, object]) -> None:
     """Refuse unknown or ill-typed parameters of this notebook. A notebook's second cell calls it with its globals().
 
-    What papermill was given stands in the cell that it injected: the notebook has further variables of its own.
+    What papermill was given is read from the cell that it injected: other variables of the notebook are no parameters.
     """
     injected = [_assignments(cell) for cell in namespace.get("In", ()) if cell.startswith("# Parameters\n")]
     given = injected[-1] if injected else {}
