@@ -171,8 +171,8 @@ def environment(device: torch.device) -> dict:
 
 
 def processor() -> str:
-    """Return what decides the last digits of a sum on a CPU and its name may not tell: vendor, family and model of the
-    processor, and the vector instructions that torch uses."""
+    """Return vendor, family and model of the processor, and the vector instructions that torch uses: processors of one
+    name may differ in them, and so in the last digits of sums."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     found = dict(re.findall(r"^(vendor_id|cpu family|model)\s*:\s*(\S+)", text, re.MULTILINE))  # equal for all cores

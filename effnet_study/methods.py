@@ -52,7 +52,7 @@ PAPER_TABLE7 = {
     "resolution": (1.9e9, 79.1),
     "compound": (1.8e9, 81.1),
 }
-MATCHED = ("compound", "depth_matched", "width_matched", "resolution_matched")  # the headline's methods
+HEADLINE_METHODS = ("compound", "depth_matched", "width_matched", "resolution_matched")
 PHI = re.compile(r"(compound|compound_searched)_phi(\d+(?:\.\d+)?)")
 TIMES = re.compile(r"(depth|width|resolution|compound|compound_searched)_x([1-9]\d*(?:\.\d*[1-9])?)")
 METHOD_NAMES = (*TRAINED_BY, "compound_phi2.5", "depth_x8")  # for messages; the last two stand for PHI and TIMES

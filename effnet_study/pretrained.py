@@ -39,7 +39,7 @@ def create_model(
 
     pretrained: True for torchvision's ImageNet weights, or other weights: a state dict with torchvision's names or
         ours, or a file with one (safetensors or torch.save), also inside a checkpoint of another project. With
-        torchvision's names, batch norm's eps is torchvision's, too.
+        torchvision's names, batch norm's eps is torchvision's, too. Use `load_run` for a run that was fine-tuned.
     new_head: with pretrained, keep a new classifier, for other classes than those of the weights.
     ValueError if the weights do not fit; FileNotFoundError if the ImageNet weights cannot be fetched."""
     check_name(name)
@@ -55,7 +55,7 @@ def create_model(
             theirs = get_model(_torchvision_name(name), weights=None).state_dict()
         ours = dict(zip(theirs, model.state_dict(), strict=True))
         load_weights(model, {ours.get(key, key): value for key, value in weights.items()}, new_head)
-        if name in VARIANTS and theirs.keys() & weights.keys():  # our own networks were trained with their eps
+        if name in VARIANTS and theirs.keys() & weights.keys():  # networks from scratch have the paper's
             set_torchvision_eps(model)
     return model
 

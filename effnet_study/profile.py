@@ -17,7 +17,7 @@ from effnet_study.data.sources import CLASS_COUNTS, DataSettings
 from effnet_study.files import NOTEBOOKS, RESULTS, ROOT
 from effnet_study.machine import git
 from effnet_study.methods import (
-    MATCHED,
+    HEADLINE_METHODS,
     PUBLISHED,
     coefficient_grid,
     match_flops,
@@ -32,7 +32,7 @@ PURPOSES = {
     "evidence": "evidence, judged by the rules of the protocol",
 }
 OWN = ("extends", "title", "purpose", "methods", "seeds", "train")  # keys of a profile that extends another
-PARENTS = ("title", "methods", "more_seeds", "search", "protocol")  # keys that it does not inherit
+NOT_INHERITED = ("title", "methods", "more_seeds", "search", "protocol")  # keys that it does not inherit
 
 
 # ---- 1. Keys of a profile ------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ class Profile(Settings):
     # Groups of methods; all seeds of a group run before the next group
     groups: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_read_groups), Field(alias="methods")]
     seeds: Seeds
-    more_seeds: Seeds | None = None  # of methods.MATCHED alone, where the protocol's rule *More seeds* asks for them
+    more_seeds: Seeds | None = None  # of HEADLINE_METHODS alone, where the protocol's rule *More seeds* asks for them
     train: dict[str, Any]  # settings of TrainConfig, without resolution and seed
     devices: Any = 1  # processes that share each batch of a run, or "auto": one for every GPU
     search: Search | None = None  # for the coefficients of compound_searched
@@ -170,6 +170,8 @@ class Profile(Settings):
             raise ValueError(f"devices: expected auto, or a whole number of at least 1, got {self.devices!r}")
         if known := set(self.seeds) & set(self.more_seeds or ()):
             raise ValueError(f"more_seeds: expected other seeds than those of seeds:, got {sorted(known)}")
+        if self.more_seeds and (missing := set(HEADLINE_METHODS) - set(self.methods)):
+            raise ValueError(f"more_seeds: they are of {', '.join(HEADLINE_METHODS)}; add {', '.join(sorted(missing))}")
         with _naming("train"):
             _check_recipe(self.train)
         if "compound_searched" in [parse_method(method).base for method in self.methods] and self.search is None:
@@ -198,7 +200,9 @@ class Profile(Settings):
     def planned(self) -> list[tuple[str, int]]:
         """(method, seed) of each run, in the order of the runs: a study that is stopped early is as complete as it can
         be."""
-        more = [(method, seed) for seed in self.more_seeds or () for method in self.methods if method in MATCHED]
+        more = [
+            (method, seed) for seed in self.more_seeds or () for method in self.methods if method in HEADLINE_METHODS
+        ]
         return [(method, seed) for group in self.groups for seed in self.seeds for method in group] + more
 
     @property
@@ -330,7 +334,7 @@ def _extended(path: Path, values: dict) -> dict:
     if values.get("purpose") == "evidence":
         raise ValueError(f"purpose: {path.stem} by itself decides no claim; expected exploratory or check")
     parent = _build(file, whole, str(file) if other.endswith(".yaml") else None)
-    kept = {key: value for key, value in whole.items() if key not in PARENTS}
+    kept = {key: value for key, value in whole.items() if key not in NOT_INHERITED}
     kept["purpose"] = "check" if whole["purpose"] == "check" else "exploratory"
     if isinstance(values.get("train"), dict):
         values = values | {"train": kept["train"] | values["train"]}

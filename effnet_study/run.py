@@ -19,7 +19,7 @@ from effnet_study.data.dataset import ImageData
 from effnet_study.data.load import load_data
 from effnet_study.files import CHECKPOINTS, RESULTS, RunMismatch, holder_of, remove_checkpoints
 from effnet_study.machine import choose_device, gpu_count
-from effnet_study.methods import MATCHED, TRAINED_BY, base_method
+from effnet_study.methods import HEADLINE_METHODS, TRAINED_BY, base_method
 from effnet_study.parallel import check_shares, launch
 from effnet_study.pretrained import IMAGENET_MEAN, IMAGENET_STD, create_model, freeze_backbone
 from effnet_study.profile import Profile, load_profile
@@ -247,7 +247,7 @@ def plan_runs(
     if not planned:
         asked = f"method {', '.join(methods)} with seed {', '.join(map(str, seeds))}"
         raise ValueError(
-            f"profile {profile.name} plans no run of {asked}; more_seeds are of {', '.join(MATCHED)} alone"
+            f"profile {profile.name} plans no run of {asked}; more_seeds are of {', '.join(HEADLINE_METHODS)} alone"
         )
     return [Run(profile, method, seed, Path(results or RESULTS).absolute()) for method, seed in planned]
 

@@ -80,10 +80,10 @@ class CapturedTrainer(Trainer):
         if captured and self.replay is None and self.seen > WARM_UP and self.mode == "graph":
             self.capture(images, labels)
         if not captured or self.replay is None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 loss = super().add_gradient(images, labels, weight, last)
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return loss
         self.images.copy_(images)
         self.labels.copy_(labels)

@@ -198,9 +198,9 @@ class Training:
         # A gradient scaler skips the steps that overflow: there only the loss counts
         finite = torch.isfinite(event.loss if scaler.is_enabled() else event.loss + self.trainer.norm)
         self.bad = torch.where(~finite & (self.bad < 0), number, self.bad)
-        seconds, now = time.perf_counter() - self.begin, time.monotonic()
+        now = time.monotonic()
         if self.group.rank == 0 and now - self.shown_at > 2:
-            self.show(event.step, seconds)
+            self.show(event.step, time.perf_counter() - self.begin)
         last = event.step == self.steps
         by_steps = self.config.save_steps > 0 and event.step % self.config.save_steps == 0
         if self.group.world > 1 and event.step % 10 and not by_steps and not last:

@@ -205,7 +205,26 @@ def write_tables(name: Path, results: Path, purpose: str = "exploratory") -> Non
     save_table(pd.DataFrame(norms, columns=columns), tables / "zero_init.csv")
     mistakes = [("one seed", "compound minus width", "+2.50 points", "+1.90 to +3.10 points")]
     save_table(pd.DataFrame(mistakes, columns=["mistake", "measure", "here", "with it"]), tables / "mistakes.csv")
+    write_budget_tables(name, results)
     write_extended_tables(name, results, scores)
+
+
+def write_budget_tables(name: Path, results: Path) -> None:
+    """Write contrasts.csv and verdict.json of `mini-x2`."""
+    runs = load_runs(load_profile(name.with_name("mini-x2.yaml")), results).query("status == 'finished'")
+    if runs.empty:
+        return
+    scores = {method: group["top1"].to_numpy() for method, group in runs.groupby("method", sort=False)}
+    row = {"claim": "compound_x2", **contrast(scores, "compound_x2", "width_x2", 3), "same_as": "", "flops_ratio": 1.1}
+    row |= {"half_width": (row["high"] - row["low"]) / 2, "sd_target": 0.3, "sd_other": 0.4, "paper_difference": None}
+    save_table(pd.DataFrame([row]), results / "mini-x2" / "tables" / "contrasts.csv")
+    claim = {
+        "key": "compound_x2",
+        "title": "compound scaling beats each single axis at about 2 times the baseline's FLOPs",
+    }
+    claim |= {"budget": "x2", "open": "methods that it needs are not planned", "seeds": 0, "outcome": None}
+    verdict = {"claims": [claim | {"sentences": ["compound x2 is higher than width x2"]}]}
+    (results / "mini-x2" / "tables" / "verdict.json").write_text(json.dumps(verdict))
 
 
 def write_extended_tables(name: Path, results: Path, scores: dict) -> None:

@@ -479,12 +479,13 @@ def test_a_profile_says_what_its_file_says(profile_file):
 
 
 def test_more_seeds_are_of_the_matched_methods_and_come_last(profile_file, tmp_path):
-    whole = profile_file(methods=["baseline", "compound", "width_matched"], seeds=[0, 1], more_seeds=[2])
+    matched = [f"{axis}_matched" for axis in ("depth", "width", "resolution")]
+    whole = profile_file(methods=["baseline", "compound", *matched], seeds=[0, 1], more_seeds=[2])
     planned = [(run.method, run.seed) for run in plan_runs(study.load_profile(whole), tmp_path)]
-    first = [(method, seed) for seed in (0, 1) for method in ("baseline", "compound", "width_matched")]
-    assert planned == [*first, ("compound", 2), ("width_matched", 2)]
+    first = [(method, seed) for seed in (0, 1) for method in ("baseline", "compound", *matched)]
+    assert planned == [*first, *((method, 2) for method in ("compound", *matched))]
     profile = study.load_profile(whole)
-    assert [(run.method, run.seed) for run in plan_runs(profile, tmp_path, seeds=[2])] == planned[-2:]
+    assert [(run.method, run.seed) for run in plan_runs(profile, tmp_path, seeds=[2])] == planned[-4:]
     with pytest.raises(ValueError, match="plans no run of method baseline with seed 2"):
         plan_runs(profile, tmp_path, ["baseline"], [2])
     short = whole.with_name("short.yaml")
@@ -492,6 +493,8 @@ def test_more_seeds_are_of_the_matched_methods_and_come_last(profile_file, tmp_p
     assert len(plan_runs(study.load_profile(short), tmp_path)) == 2  # an extension does not inherit them
     with pytest.raises(ValueError, match=r"more_seeds: expected other seeds than those of seeds:, got \[1\]"):
         study.load_profile(profile_file(seeds=[0, 1], more_seeds=[1, 2]))
+    with pytest.raises(ValueError, match="more_seeds: .*; add depth_matched, resolution_matched, width_matched"):
+        study.load_profile(profile_file(methods=["compound"], seeds=[0, 1], more_seeds=[2]))
 
 
 def test_a_profile_overrides_the_recipe_that_it_extends(profile_file):

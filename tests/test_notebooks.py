@@ -357,6 +357,10 @@ def test_parameters_that_a_notebook_does_not_declare_are_refused(values, message
         check_parameters("01_baseline_b0", values)
 
 
+def test_the_explorer_can_be_switched_off():
+    assert check_parameters("00_architecture", {"explorer": False})["explorer"] is False
+
+
 def test_papermill_itself_fails_on_a_wrong_parameter(tmp_path):
     """Not only through the study: papermill alone would warn of an unknown parameter and go on."""
     source = study.NOTEBOOKS / "01_baseline_b0.ipynb"

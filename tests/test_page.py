@@ -81,7 +81,7 @@ def test_results_extensions_and_notebooks_are_there(page, study):
     }
     assert len(expected) == 4 and {link for link in links if link.startswith("notebooks/")} == expected
     for claim in study.claims:
-        assert f"{capital(claim['title'])}: {claim['status']} ." in text
+        assert plain(f"{capital(claim['title'])}: {claim['status']} .") in text
     for other in study.extensions:
         assert f"{other.profile.title} ({other.name}): {len(other.finished)} of {len(other.runs)} planned runs" in text
 

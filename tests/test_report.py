@@ -102,6 +102,7 @@ def test_all_documents_are_written(rebuilt):
     made = {path.relative_to(rebuilt).as_posix() for path in rebuilt.rglob("*") if path.is_file()}
     assert {"README.md", "report/report.pdf", "report/index.html", "report/scale.md", "poster/poster.pdf"} < made
     assert len(PdfReader(rebuilt / "report" / "report.pdf").pages) <= 6
+    assert len((rebuilt / "README.md").read_text().splitlines()) <= 150  # of a finished study, with its extensions
 
 
 def test_scores_are_the_means_of_the_records(rebuilt, study, report, poster):
@@ -165,6 +166,9 @@ def test_every_contrast_is_printed_with_its_interval_and_word(study, report):
     for claim in study.claims[:2]:  # those of compound scaling, in the summary
         assert f"{capital(claim['title'])}: {claim['status']}." in said
     assert said.count("compared, without a verdict") >= 5  # in the summary and in the list; a page may end in one
+    assert "Mini, twice the FLOPs, pocket scale" in report and "each single axis at about 2 times" in report
+    row = pd.read_csv(study.results / "mini-x2" / "tables" / "contrasts.csv").iloc[0]
+    assert f"compound x2 - width x2 {row.n} {row.difference:+.2f} {row.low:+.2f} to {row.high:+.2f}" in report
     assert "Holm" not in report and "ootstrap" not in report and "p value" not in report
 
 
@@ -173,8 +177,9 @@ def test_headings_of_results_name_the_scale(rebuilt, poster):
     titles = [text.casefold() for text in outlines(pdf.outline)]
     results = titles.index("results at pocket scale")
     assert "pocket scale" in pdf.metadata.title
-    wanted = ("what the rules say", "length of training", "fast compound scaling", "what changes of the recipe do")
-    assert titles[results + 1 : results + 5] == [f"{title}, pocket scale" for title in wanted]
+    wanted = ("what the rules say", "length of training", "mini, twice the flops", "fast compound scaling")
+    wanted += ("what changes of the recipe do",)
+    assert titles[results + 1 : results + 6] == [f"{title}, pocket scale" for title in wanted]
     assert "Figure 8, pocket scale" in poster and "Table 7, pocket scale" in poster
 
 
@@ -278,7 +283,7 @@ def decided(folder: Path, verdict: str | None, purpose: str = "evidence", n: int
         ),
         (
             *("contradicted", "evidence", 5, "", "[¬Re]"),
-            *("Compound scaling beats depth, but not width and resolution at pocket scale: at", "contradicted"),
+            *("Compound scaling beats depth, but not width or resolution at pocket scale: at", "contradicted"),
         ),
         (
             *("inconclusive", "evidence", 5, "", "[Re: undecided]"),
@@ -318,8 +323,8 @@ def test_title_and_headline_follow_from_the_verdict(tmp_path, verdict, purpose, 
     ("words", "lead"),
     [
         (["above", "above", "below"], "Compound scaling beats depth and width, but not resolution"),
-        (["equal", "below", "below"], "Compound scaling beats no single axis"),
-        (["above", "unclear", "below"], "Compound scaling does not beat every single axis"),
+        (["equal", "below", "below"], "Compound scaling does not beat depth, width or resolution"),
+        (["above", "unclear", "below"], "Compound scaling does not beat resolution"),
     ],
 )
 def test_what_compound_does_not_beat_is_named(tmp_path, words, lead):
@@ -370,6 +375,12 @@ def test_matched_flops_are_the_headline_before_the_published_coefficients(tmp_pa
         both[both["claim"].isin([claim["key"] for claim in claims])].to_csv(contrasts, index=False)
         found = outcome(dataclasses.replace(one))
         assert words in found["headline"] and (found["prefix"] == "[Re]") == ("beats" in words)
+
+
+def test_a_study_without_a_headline_says_so(tmp_path):
+    one = decided(tmp_path / "images", "reproduced")
+    other = dataclasses.replace(one, profile=one.profile.replace(groups=(("baseline", "depth"),)))
+    assert outcome(other)["headline"].endswith(": the study does not compare compound scaling with single axes.")
 
 
 def test_a_network_is_not_compared_with_itself(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from effnet_lib import Trainer
-from effnet_study import trainers
+from effnet_study import machine, trainers
 from effnet_study.trainers import CapturedTrainer, execution_mode, prepare_trainer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -31,6 +31,16 @@ def test_how_steps_are_executed(recipe, monkeypatch, capsys, compile, resolution
     monkeypatch.setattr(trainers, "can_compile", lambda: True)
     assert execution_mode(recipe(compile=compile, resolution=resolution), device, several) == mode
     assert not capsys.readouterr().out
+
+
+def test_streams_are_those_of_the_runs_own_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # restored afterwards
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    for device in (torch.device("cuda", 1), GPU):
+        machine.prepare(device)
+    assert chosen == [torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize("device, several, why", [(CPU, False, "needs a GPU"), (GPU, True, "several processes")])

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 import pandas as pd
 
 from effnet_study.analysis.statistics import CONFIDENCE, MARGIN, SAME, SEEDS_TO_DECIDE, WIDE, claim_outcome, half_up
-from effnet_study.methods import MATCHED, parse_method, spoken
+from effnet_study.methods import HEADLINE_METHODS, parse_method, spoken
 from effnet_study.profile import Profile
 from effnet_study.run import ENDED
 
 AXES = ("depth", "width", "resolution")
 HEADLINE = "compound_matched"  # the claim that decides
-HEADLINE_PAIRS = tuple((MATCHED[0], other) for other in MATCHED[1:])
-
-
-COMPARED = "compared, without a verdict"  # the outcome of a claim that decides nothing
+HEADLINE_PAIRS = tuple((HEADLINE_METHODS[0], other) for other in HEADLINE_METHODS[1:])
+COMPARED = "compared, without a verdict"  # said of a claim without an outcome
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def _against(target: str, times: str | None = None) -> tuple[tuple[str, str], ..
 
 
 def claim_runs(claim: Claim, profile: Profile, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the planned runs of a claim. `more_seeds` are the headline's alone: no other claim is reopened by them."""
+    """Return the runs for which a claim waits. Only the headline waits for `more_seeds`."""
     own = runs[runs["method"].isin(claim.methods)]
     return own if claim.key == HEADLINE else own[own["seed"].isin(profile.seeds)]
 
@@ -80,17 +78,9 @@ def verdict(profile: Profile, runs: pd.DataFrame, table: pd.DataFrame, searched:
         rows = table[table["claim"] == claim.key]
         if rows.empty:
             continue
-        own = claim_runs(claim, profile, runs)
-        ended = own["status"].isin(ENDED)
-        still_open = "" if set(own["method"]) == claim.methods else "methods that it needs are not planned"
-        if not ended.all():
-            still_open = f"{ended.sum()} of its {len(own)} planned runs have ended"
         seeds = int(rows["n"].min()) if len(rows) == len(claim.pairs) else 0
-        outcome, widest = None, rows["half_width"].max()
+        still_open, outcome = _why_open(claim, profile, claim_runs(claim, profile, runs), rows), None
         if profile.purpose == "evidence" and profile.parent is None and claim.decides:
-            if claim.key == HEADLINE and seeds >= SEEDS_TO_DECIDE and widest > WIDE and not profile.more_seeds:
-                widest = f"half the width of an interval is {half_up(widest):.2f} points"
-                still_open = still_open or f"{widest}, so that the protocol asks for more seeds"
             outcome = claim_outcome(rows.loc[rows["same_as"].isna(), "outcome"].tolist(), seeds, not still_open)
         sentences = [sentence(row) for row in rows.itertuples()]
         grown = [axis for axis, factor in zip(AXES, searched or (), strict=False) if factor > 1]
@@ -100,6 +90,19 @@ def verdict(profile: Profile, runs: pd.DataFrame, table: pd.DataFrame, searched:
         claims.append(entry | {"seeds": seeds, "outcome": outcome, "sentences": sentences})
     head = {"profile": profile.name, "purpose": profile.purpose, "stamp": profile.stamp}
     return head | {"confidence": CONFIDENCE, "margin": MARGIN, "claims": claims}
+
+
+def _why_open(claim: Claim, profile: Profile, own: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """Say what a claim waits for. own: its runs; rows: its contrasts."""
+    ended = own["status"].isin(ENDED)
+    if not ended.all():
+        return f"{ended.sum()} of its {len(own)} planned runs have ended"
+    if set(own["method"]) != claim.methods:
+        return "methods that it needs are not planned"
+    widest, enough = rows["half_width"].max(), rows["n"].min() == SEEDS_TO_DECIDE
+    if claim.key == HEADLINE and profile.protocol is not None and enough and widest > WIDE:
+        return f"half the width of an interval is {half_up(widest):.2f} points, so the protocol asks for more seeds"
+    return ""
 
 
 def sentence(row) -> str:

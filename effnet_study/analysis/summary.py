@@ -113,7 +113,7 @@ def _about(profile: Profile, runs: pd.DataFrame) -> list[str]:
         purpose += "decides no claim by itself."
     if (protocol := (parent or profile).protocol) is not None:
         purpose += f" Rules: [protocol](../../report/PROTOCOL.md), study `{protocol.section}`, as commit "
-        purpose += f"{protocol.commit[:10]} has it; see the *Deviations* there."
+        purpose += f"{protocol.commit[:10]} has it; see *Clarifications* and *Deviations* there."
     return [
         purpose,
         "",

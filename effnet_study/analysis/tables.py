@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from effnet_lib import Scaling
-from effnet_study.analysis.claims import HEADLINE_PAIRS, claim_runs, planned_claims
-from effnet_study.analysis.statistics import calibration, contrast_interval, contrast_rows, t_interval, word
+from effnet_study.analysis.claims import HEADLINE_PAIRS, planned_claims
+from effnet_study.analysis.statistics import SAME, calibration, contrast_interval, contrast_rows, t_interval, word
 from effnet_study.files import PREDICTIONS, RESULTS, load_history, plain
 from effnet_study.methods import PAPER_TABLE7
 from effnet_study.profile import Profile, load_profile, profile_names
@@ -111,11 +111,10 @@ def contrasts(profile: Profile, runs: pd.DataFrame) -> pd.DataFrame:
     half_width are those of Welch's interval at `confidence`, with which the intervals of one claim hold together at
     95 %. paper_difference is that of the paper's Table 7."""
     done = runs[runs["status"] == "finished"]
-    known = networks(profile, runs)
+    scores, known = scores_by_method(done), networks(profile, runs)
     flops = done.groupby("method")["flops"].first()
     rows = []
     for claim in planned_claims(profile.methods):
-        scores = scores_by_method(claim_runs(claim, profile, done))
         for row in contrast_rows(scores, claim.pairs, known):
             row["claim"], row["flops_ratio"] = claim.key, flops[row["target"]] / flops[row["other"]]
             target, other = (PAPER_TABLE7.get(row[side], (math.nan, math.nan))[1] for side in ("target", "other"))
@@ -164,7 +163,7 @@ def length_contrasts(
         scores = scores_by_method(done)
         for row in contrast_rows(scores, pairs, networks(one, done)):
             sides = row["target"], row["other"]
-            if one is not profile and all(method in usual for method in sides):
+            if one is not profile and row["outcome"] != SAME and all(method in usual for method in sides):
                 terms = [
                     (sign * weight, group[method])
                     for sign, group in ((1, scores), (-1, usual))

@@ -82,8 +82,8 @@ class ImageData:
         mixed images.
 
         config: its resolution, batch_size, seed and augmentations are read. Order and draws depend on seed, epoch and
-        step alone, whatever the device. The last, partial batch is left out, of other images in
-        each epoch. shard: (i, n) yields the ith of n equal parts of every batch."""
+        step alone, whatever the device. The last, partial batch is left out; it holds other
+        images in each epoch. shard: (i, n) yields the ith of n equal parts of every batch."""
         n, augmentations = config.batch_size, {name: getattr(config, name) for name in AUGMENTATION_DEFAULTS}
         order = torch.randperm(self.counts["train"], generator=_generator(config.seed, epoch))
         order = self.indices["train"][order.to(self.labels.device)]

@@ -45,11 +45,10 @@ def scan(folder: Path, under: str, left_out: Counter | None = None) -> list[File
 
     for place, folders, names in os.walk(folder / under, followlinks=True, onerror=unreadable):
         left_out.update(kind_of(name) for name in folders if is_hidden(name))
-        within = os.path.join(os.path.realpath(place), "")
-        for name in [name for name in folders if os.path.islink(os.path.join(place, name))]:
-            if within.startswith(os.path.join(os.path.realpath(os.path.join(place, name)), "")):
-                folders.remove(name)  # it would be walked without end
-                left_out["links to a folder that holds them"] += 1
+        above = {os.path.realpath(path) for path in (place, *Path(os.path.abspath(place)).parents)}
+        for name in [name for name in folders if os.path.realpath(os.path.join(place, name)) in above]:
+            folders.remove(name)  # it would be walked again and again
+            left_out["links to a folder above"] += 1
         folders[:] = [name for name in folders if not is_hidden(name)]
         for name in names:
             if is_hidden(name) or os.path.splitext(name)[1].lower() not in suffixes:

@@ -6,7 +6,7 @@ its extensions, what is missing, and the outcome in words (from tables/verdict.j
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from effnet_study.profile import Profile
 from effnet_study.record import read_record
 from effnet_study.run import ENDED, load_runs
 
-HEADLINES = (HEADLINE, "compound_published")  # keys of claims: the first that a study plans decides
+TOLD = (HEADLINE, "compound_published")  # claims that titles tell: the first that a study plans decides
 BUDGETS = {"matched": "at matched FLOPs", "published": "at the published coefficients"}
 # The title's prefix by the outcome of the claim that decides, as in ReScience C
 PREFIXES = {"reproduced": "[Re]", "contradicted": "[¬Re]"}
@@ -102,7 +102,7 @@ class Study:
         path = self.study_dir / "tables" / "verdict.json"
         if not path.is_file():
             return []
-        found = {claim["key"]: {"open": ""} | claim for claim in json.loads(path.read_text(encoding="utf-8"))["claims"]}
+        found = {claim["key"]: claim for claim in json.loads(path.read_text(encoding="utf-8"))["claims"]}
         claims = []
         for planned in planned_claims(self.profile.methods):
             claim = found.get(planned.key)
@@ -164,33 +164,33 @@ def outcome(study: Study) -> dict[str, str]:
     """Return the outcome for titles: prefix ([Re], [¬Re] or [Re: undecided]); lead, which answers the question; detail,
     the differences in a sentence; headline, both together; unfinished.
 
-    The first of HEADLINES that the study plans decides. Until all its runs have ended, the one of most seeds is told.
+    The first of TOLD that the study plans decides. While it is open, the one with most seeds is told.
     """
-    planned = {claim.key: claim for claim in planned_claims(study.profile.methods) if claim.key in HEADLINES}
+    planned = {claim.key: claim for claim in planned_claims(study.profile.methods) if claim.key in TOLD}
     claims, contrasts = {claim["key"]: claim for claim in study.claims}, study.table("contrasts")
-    found = {key: pd.DataFrame() for key in planned}
+    told, decisive = [], next(iter(planned), None)
     if contrasts is not None and not study.stale:
-        rows = contrasts[contrasts["outcome"] != SAME]
-        found |= {key: rows[rows["claim"] == key] for key in planned if key in claims}
-    decisive = next(iter(planned), None)
-    told = [key for key, rows in found.items() if not rows.empty]
-    if told and not (decisive in told and claims[decisive]["open"] == ""):
-        told.sort(key=lambda key: -claims[key]["seeds"])  # stable: of as many seeds, the one that decides
+        contrasts = contrasts[contrasts["outcome"] != SAME]
+        told = [key for key in planned if key in claims and (contrasts["claim"] == key).any()]
     lead, prefix = "Undecided", UNDECIDED
     if study.finished.empty:
         detail = "no run of the study is finished yet."
     elif study.stale:
         detail = "the tables are of other runs than those that are finished; to make them anew: make report."
+    elif decisive is None:
+        detail = "the study does not compare compound scaling with single axes."
     elif not told:
-        detail = f"the networks that the claim compares {_state(study, planned.values())}."
+        detail = f"the networks that the claim compares {_state(study, planned[decisive])}."
     else:
-        key, rows, claim = told[0], found[told[0]], claims[told[0]]
+        settled = decisive in told and not claims[decisive]["open"]
+        key = decisive if settled else max(told, key=lambda key: claims[key]["seeds"])  # of equals the first, decisive
+        rows, claim = contrasts[contrasts["claim"] == key], claims[key]
         if key == decisive and claim["outcome"] in PREFIXES:
             lead, prefix = _lead(rows), PREFIXES[claim["outcome"]]
         seeds = _seeds(study, planned[key], rows)
         detail = f"{BUDGETS[claim['budget']]} on {study.data}, {_differences(rows)}{seeds}."
         if key != decisive:
-            state = _state(study, [planned[decisive]])
+            state = _state(study, planned[decisive])
             detail = f"the networks {BUDGETS['matched']}, which decide, {state}. {capital(detail)}"
         elif claim["open"] and study.open_runs(planned[decisive]).empty:
             detail += f" {capital(claim['open'])}."
@@ -199,23 +199,23 @@ def outcome(study: Study) -> dict[str, str]:
     return words | {"unfinished": study.unfinished}
 
 
-def _state(study: Study, claims: Iterable[Claim]) -> str:
-    """Say of networks without scores why there are none."""
-    runs = pd.concat(claim_runs(claim, study.profile, study.runs) for claim in claims)
-    failed = runs["status"].isin(ENDED).all() and (runs["status"] != "finished").any()
-    return "have no scores, because their runs failed" if failed else "are not finished yet"
+def _state(study: Study, claim: Claim) -> str:
+    """Say of a claim that cannot be told why not."""
+    if not study.open_runs(claim).empty:
+        return "are not finished yet"
+    states = claim_runs(claim, study.profile, study.runs)["status"]
+    return "have not been compared" if (states == "finished").all() else "have no scores, because their runs failed"
 
 
 def _lead(rows: pd.DataFrame) -> str:
     """Answer the question by the contrasts of a claim that is decided."""
-    beaten, axes = rows["outcome"] == "above", rows["other"].str.removesuffix("_matched")
-    if beaten.all():
+    words, axes = rows["outcome"], rows["other"].str.removesuffix("_matched")
+    beaten, others = axes[words == "above"], listed(axes[words.isin(["below", "equal"])], "or")
+    if not others:
         return "Compound scaling beats each single axis"
-    if "unclear" in set(rows["outcome"]):
-        return "Compound scaling does not beat every single axis"
-    if not beaten.any():
-        return "Compound scaling beats no single axis"
-    return f"Compound scaling beats {listed(axes[beaten])}, but not {listed(axes[~beaten])}"
+    if beaten.empty or "unclear" in set(words):
+        return f"Compound scaling does not beat {others}"
+    return f"Compound scaling beats {listed(beaten)}, but not {others}"
 
 
 def _differences(rows: pd.DataFrame) -> str:

@@ -15,10 +15,10 @@ def number(value: float, form: str = ".2f") -> str:
     return format(half_up(value), form) if math.isfinite(value) else "–"
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str], last: str = "and") -> str:
     """Join names as in a sentence: a; a and b; a, b and c."""
     names = list(names)
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return f" {last} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def capital(sentence: str) -> str:
