@@ -99,7 +99,7 @@ def _draw_by_epochs(ax, table: pd.DataFrame, by: str, value: str, apart: float) 
 
 def _heading(profile: Profile, points: Iterable[str], done: pd.DataFrame) -> str:
     extended = set(points) - set(profile.methods) and profile.purpose == "evidence"  # by profiles that decide nothing
-    stamp = f"{profile.stamp}; other budgets: exploratory" if extended else profile.stamp
+    stamp = f"{profile.stamp}\nother budgets: exploratory" if extended else profile.stamp
     return f"{drawn(done['data'].iloc[0], 80)}, base {profile.base_resolution} px\n{stamp}"
 
 
