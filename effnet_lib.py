@@ -539,7 +539,7 @@ class Trainer:
         return total
 
     def add_gradient(self, images: Tensor, labels: Tensor, weight: float, last: bool) -> Tensor:
-        """Add the gradient of `weight` times a micro-batch's mean loss, and return it. last: of the step."""
+        """Add the gradient of `weight` times a micro-batch's mean loss, and return it. last: no other follows."""
         with autocast(self.config.precision, self.device):
             loss = F.cross_entropy(self.forward(images), labels, label_smoothing=self.config.label_smoothing)
         loss = loss * weight
