@@ -36,6 +36,7 @@ GPU = {
     "reset_peak_memory_stats": None,
     "Stream": mock.MagicMock(),
     "current_stream": mock.MagicMock(),
+    "set_device": mock.MagicMock(),
 }
 
 
