@@ -8,15 +8,17 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from documents import load, plain
 from made_up import write_profiles
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from effnet_study.documents.charts import figure8, spread
 from effnet_study.documents.evidence import Study, alternative_texts, outcome
-from effnet_study.documents.page import build_page
+from effnet_study.documents.page import build_page, convert
 from effnet_study.documents.templates import capital
 from effnet_study.files import ROOT
 from effnet_study.methods import color
@@ -238,6 +240,14 @@ def test_formulas_are_mathml_and_widgets_are_gone(pages):
         for annotation in page.find_all("annotation"):
             annotation.decompose()
         assert not re.search(r"\$[^$\s][^$\n]*\$", words(page))
+
+
+def test_progress_bars_are_left_out(tmp_path):
+    bar = {"application/vnd.jupyter.widget-view+json": {"model_id": "0"}, "text/plain": "dead bar"}
+    outputs = [new_output("display_data", bar), new_output("stream", text="kept")]
+    nbformat.write(new_notebook(cells=[new_code_cell("1", outputs=outputs)]), tmp_path / "bar.ipynb")
+    _, body = convert(tmp_path / "bar.ipynb")
+    assert "kept" in body and "dead bar" not in body and "widget" not in body
 
 
 @pytest.mark.parametrize("values", [[3.0, 1.0, 1.0, 1.0], [0.0, 10.0], [9.9, 10.0, 9.95]])

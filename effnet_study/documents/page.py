@@ -27,6 +27,7 @@ from effnet_study.files import load_history, plain
 from effnet_study.methods import PAPER_TABLE7, color, spoken
 
 RUN_FIELDS = ["method", "label", "seed", "flops", "x", "resolution", "top1", "minutes", "device"]
+WIDGET = "application/vnd.jupyter.widget-view+json"
 MATH = re.compile(r"\$[^$\s][^$]*\$")
 FIGURES = {  # of the analysis: a heading and what is to be seen
     "contrasts": "Differences between the methods, with their intervals",
@@ -96,7 +97,10 @@ def convert(path: Path) -> tuple[str, str]:
     above = title = heading(book["cells"][0]) or path.stem
     for cell in book["cells"]:
         above = heading(cell) or above
-        for output in cell.get("outputs", []):
+        outputs = cell.get("outputs", [])
+        # Without a kernel, progress bars and sliders are dead; and each conversion gives them other numbers
+        outputs[:] = [output for output in outputs if WIDGET not in output.get("data", {})]
+        for output in outputs:
             alternative = cell["metadata"].get("alt", f"Figure: {above}")
             output.get("metadata", {}).setdefault("image/png", {}).setdefault("alt", alternative)
     # clean_html would clean what Pygments made, and takes longer than everything else.
