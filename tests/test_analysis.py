@@ -244,6 +244,12 @@ def test_one_seed_has_a_difference_and_no_interval(profile_file, tmp_path):
     assert words.endswith(": unclear (one seed). The paper's networks: +2.1")
 
 
+def test_equal_scores_are_called_the_same(profile_file, tmp_path):
+    profile = write_runs(profile_file(methods=["compound", "fast_compound"]), tmp_path, TOP1 | {"fast_compound": 77})
+    (words,) = decide(profile, tmp_path, "check")[1]["fast_compound"]["sentences"]
+    assert words.startswith("fast compound scores the same as compound to 0.01 points, with as many FLOPs: unclear")
+
+
 # ---- extensions
 
 

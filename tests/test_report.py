@@ -206,6 +206,15 @@ def test_start_surplus_and_computing_time_are_printed(report):
     assert "18 of 18 planned runs are finished. They took 1.8 hours of computing on box" in report
 
 
+def test_runs_that_overfit_are_counted(study, report, tmp_path):
+    assert "In none of the 18 finished runs was the loss on minival lower after an earlier epoch" in report
+    losses = pd.DataFrame({"minival_loss": [2.0, 1.5, 1.6]})
+    losses.to_json(tmp_path / "history.jsonl", orient="records", lines=True)
+    runs = study.runs.copy()
+    runs.loc[runs.index[-2:], "run_dir"] = tmp_path
+    assert "In 2 of the 18 finished runs was the loss" in compiled(REPORT, dataclasses.replace(study, runs=runs))
+
+
 def test_seeds_of_a_pilot_are_one_row_and_the_best_is_first(study):
     table = pilot_table(study)
     assert [(row["asks"], row["scores"]) for row in table[:2]] == [

@@ -113,10 +113,12 @@ def sentence(row) -> str:
     cost, percent = "as many FLOPs", abs(100 * (row.flops_ratio - 1))
     if percent > 0:
         cost = f"{percent:.{0 if percent >= 1 else 2}f} % {'more' if row.flops_ratio > 1 else 'fewer'} FLOPs"
-    place = "higher" if row.difference > 0 else "lower"
+    points = f"{abs(half_up(row.difference)):.2f}"
+    place = f"is {points} points {'higher' if row.difference > 0 else 'lower'} than {other}"
+    if points == "0.00":
+        place = f"scores the same as {other} to 0.01 points"
     interval = f"n = {row.n}, {100 * row.confidence:.3g} % interval {row.low:+.2f} to {row.high:+.2f}"
-    words = f"{target} is {abs(half_up(row.difference)):.2f} points {place} than {other}, with {cost}: {row.outcome} "
-    words += f"({interval if row.n > 1 else 'one seed'})"
+    words = f"{target} {place}, with {cost}: {row.outcome} ({interval if row.n > 1 else 'one seed'})"
     if isinstance(row.same_as, str):
         words += f". After rounding, these are the same two networks as {spoken(row.same_as)}, compared once"
     if not math.isnan(row.paper_difference):

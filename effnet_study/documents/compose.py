@@ -30,7 +30,7 @@ from effnet_study.documents.page import build_page
 from effnet_study.documents.scale import describe_scale, load_facts
 from effnet_study.documents.templates import fill_in
 from effnet_study.execution.notebook import run_notebook
-from effnet_study.files import RESULTS, ROOT, in_markdown, plain, print_any_text
+from effnet_study.files import RESULTS, ROOT, in_markdown, load_history, plain, print_any_text
 from effnet_study.methods import COLORS, PAPER_TABLE7, color
 from effnet_study.profile import load_profile
 from effnet_study.record import read_record
@@ -106,6 +106,8 @@ def describe(study: Study) -> dict:
         facts["record"] = read_record(study.finished["run_dir"].iloc[0]) | {"commits": commits}
         facts["devices"] = sorted(study.finished["device"].unique())
         facts["hours"] = float(study.finished["seconds"].sum() / 3600)
+        losses = [load_history(run_dir)["minival_loss"] for run_dir in study.finished["run_dir"]]
+        facts["overfitted"] = int(sum(loss.min() < loss.iloc[-1] for loss in losses))
     if study.has(COEFFICIENTS):
         facts["search"] = describe_search(load_coefficients(study.profile, study.study_dir))
     return facts
