@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from effnet_lib import Scaling
 from effnet_study.cli import app
 from effnet_study.data.sources import DATA_SETS
 from effnet_study.files import ROOT
@@ -48,6 +49,14 @@ def test_every_profile_is_listed_with_its_size():
             listed |= dict.fromkeys(re.findall(r"`([^`]+)`", cells[0]), tuple(map(int, size.groups())))
     profiles = {name: load_profile(name) for name in profile_names()}
     assert listed == {name: (len(profile.methods), len(profile.seeds)) for name, profile in profiles.items()}
+
+
+def test_the_protocol_tells_the_budgets_of_question_5():
+    profile = load_profile("pocket-x2")
+    baseline = profile.cost(Scaling()).flops
+    parts = [f"{profile.cost(profile.scaling(m)).flops / baseline:.2f} ({m[:-3]})" for m in profile.methods]
+    text = " ".join((ROOT / "report" / "PROTOCOL.md").read_text().split())
+    assert f"have {', '.join(parts[:3])} and {parts[3]} times the baseline's FLOPs" in text
 
 
 def test_every_data_set_is_listed():
