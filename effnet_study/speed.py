@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from effnet_study.execution.notebook import run_notebook
 from effnet_study.files import RESULTS, save_table, write_json
 from effnet_study.machine import choose_device, device_name, environment, keep_freed_memory, peak_memory, prepare
 from effnet_study.methods import scaled_cost
+from effnet_study.run import Run
 from effnet_study.trainers import count_steps, execution_mode, prepare_trainer
 
 # ---- 1. Training steps ---------------------------------------------------------------------------------------------
@@ -48,6 +49,7 @@ class Contender:
     resolution: int = 224
     batch_size: int = 128
     scaling: Scaling = TABLE7["baseline"]  # of ours
+    run: Run | None = field(default=None, hash=False)  # ours: this run's network and recipe instead of these
     accelerated: bool = True  # ours on a CPU: with the kernels of cpu_kernels.py
     layout: torch.memory_format = torch.channels_last  # a peer's; ours is always this one
     keep_memory: bool = True  # a peer's process keeps freed memory; ours always does
@@ -57,12 +59,14 @@ class Contender:
         """Build the network. Return what is timed: forward; gradient (forward and backward); step (gradient and
         optimizer, ours with the moving average). No call waits for the device. And mode: how steps are executed.
 
-        Images are random, there are 1000 classes, the optimizer is SGD with momentum, a GPU uses mixed precision."""
+        Images are random. There are 1000 classes and SGD with momentum, unless `run` says otherwise. A GPU uses mixed
+        precision."""
         # Compiling imports this module, which warns of a CUDA toolkit without a GPU in the middle of the notebook
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         images = torch.randn(self.batch_size, 3, self.resolution, self.resolution, device=device)
         images = images.contiguous(memory_format=self.layout)
-        labels = torch.randint(1000, (self.batch_size,), device=device)
+        classes = self.run.profile.num_classes if self.run else 1000
+        labels = torch.randint(classes, (self.batch_size,), device=device)
 
         def forward() -> Tensor:
             with autocast("auto", device):
@@ -77,9 +81,12 @@ class Contender:
             optimizer.zero_grad(set_to_none=True)
 
         if self.source == "ours":
-            size = {"resolution": self.resolution, "batch_size": self.batch_size}
-            config = TrainConfig(**size, optimizer="sgd", lr=0.01, compile=self.compile)
-            model = EfficientNet(self.scaling, 1000, **config.model_options())
+            recipe = self.run.config if self.run else TrainConfig(optimizer="sgd", lr=0.01)
+            config = recipe.replace(resolution=self.resolution, batch_size=self.batch_size, compile=self.compile)
+            if self.run:
+                model = self.run.model(classes)
+            else:
+                model = EfficientNet(self.scaling, classes, **config.model_options())
             trainer = prepare_trainer(model, config, device, accelerated=self.accelerated)
             model, optimizer = trainer.model, trainer.optimizer
             backward = partial(trainer.backward, images, labels)
@@ -115,7 +122,7 @@ def measure(
     """Time the contenders side by side.
 
     Returns a table of times (contender, round, part, and the seconds of one call, the mean of `repeat`), and a table of
-    contenders (the index): first_step_seconds, with all compiling; peak_memory_GiB; micro_batch; mode."""
+    contenders (the index): first_step_seconds, with all compiling; peak_memory_GiB; mode."""
     spawn, order, threads = multiprocessing.get_context("spawn"), random.Random(0), torch.get_num_threads()
     rows, about = [], {}
     with contextlib.ExitStack() as stack:
@@ -161,8 +168,7 @@ def time_part(contender: Contender, device: str, threads: int, part: str, repeat
     torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError, TypeError):  # there is no glibc
         ctypes.CDLL(None).malloc_trim(0)
-    about = {"micro_batch": contender.batch_size, "mode": parts["mode"]()}
-    return {"seconds": seconds, "peak_memory_GiB": peak_memory(device) / 2**30} | about
+    return {"seconds": seconds, "peak_memory_GiB": peak_memory(device) / 2**30, "mode": parts["mode"]()}
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from effnet_lib import TABLE7, SqueezeExcitation
+from effnet_lib import TABLE7, SqueezeExcitation, count_cost
 from effnet_study import speed, trainers
 from effnet_study.analysis import throughput
 from effnet_study.cpu_kernels import CpuConv2d, CpuSqueezeExcitation
 from effnet_study.execution.notebook import run_notebook
 from effnet_study.methods import scaled_cost
+from effnet_study.run import Run
 from effnet_study.speed import Contender, estimate_seconds, measure, throughput_folder, time_part
 from effnet_study.trainers import prepare_trainer
 
@@ -37,7 +38,6 @@ def test_the_benchmark_times_ours_and_others(benched):
     assert {"ours", "torchvision, default layout, as it comes", "timm, channels-last, as it comes"} <= set(peers.index)
     assert (peers["images_per_second"] > 0).all() and peers["ours_is_faster"]["ours"] == 1
     assert (peers["first_step_seconds"] > 0).all() and (peers["peak_memory_GiB"] > 0.1).all()
-    assert (peers["micro_batch"] == 4).all()
     methods = pd.read_csv(benched / "methods.csv").set_index("network")
     assert list(methods.index) == [*TABLE7, "torchvision's B0", "timm's B0"]
     assert methods["activations"]["baseline"] == scaled_cost(TABLE7["baseline"], 32).activations
@@ -106,9 +106,17 @@ def test_contenders_are_timed_in_turns_and_the_first_round_is_left_out(monkeypat
     times, about = measure({"a": Contender(batch_size=3), "b": Contender(batch_size=5)}, "cpu", rounds=4, repeat=2)
     assert sorted(times["round"]) == [1, 1, 2, 2, 3, 3, 4, 4]
     assert times.groupby("contender")["seconds"].unique().map(list).to_dict() == {"a": [3.0], "b": [5.0]}
-    assert about["first_step_seconds"].to_dict() == {"a": 3, "b": 5} == about["micro_batch"].to_dict()
+    assert about["first_step_seconds"].to_dict() == {"a": 3, "b": 5}
     assert begun[:2] == [3, 5] and len(begun) == 2 + 5 * 2 * (1 + 2)  # warmed before two calls, in five rounds
     assert len(set(times.groupby("round")["contender"].agg("".join))) == 2  # both orders occur
+
+
+def test_a_contender_can_be_a_planned_run(profile_file):
+    run = Run.plan(profile_file(methods=["baseline", "compound"]), "compound", 0)
+    step = Contender(resolution=run.config.resolution, batch_size=4, run=run).parts(torch.device("cpu"))["step"]
+    trainer = step.func.__self__
+    assert count_cost(trainer.model, run.config.resolution) == run.cost and step().isfinite()
+    assert trainer.config == run.config.replace(batch_size=4)
 
 
 def test_the_quick_benchmark_compares_each_mode_with_the_limit_of_memory(monkeypatch, tmp_path):
@@ -235,10 +243,10 @@ def test_a_peer_is_compared_with_ours_round_by_round():
 def test_the_parts_of_a_step_are_medians_of_differences():
     parts = {"net_forward": [1.0, 2.0, 3.0], "net_gradient": [5.0, 3.0, 4.0], "net_step": [6.0, 6.0, 6.0]}
     others = {name.replace("net", "peer"): [1.0, 1.0, 1.0] for name in parts}
-    about = pd.DataFrame({"micro_batch": [12, 12]}, index=["net", "peer"])
+    about = pd.DataFrame({"mode": ["never", "never"]}, index=["net", "peer"])
     table = throughput.steps_table(timed(**parts, **others), about, {"net": 2.0}, batch_size=12).set_index("network")
     expected = {"images_per_second": 2, "data_ms": 2000, "data_percent": 25, "forward_ms": 2000, "backward_ms": 1000}
-    assert table.loc["net"].to_dict() == expected | {"optimizer_ms": 2000, "micro_batch": 12}
+    assert table.loc["net"].to_dict() == expected | {"optimizer_ms": 2000, "mode": "never"}
     assert table.loc["peer"].isna().sum() == 2 and table["images_per_second"]["peer"] == 12
     table.loc["net", "optimizer_ms"] = -600
     fig = throughput.draw_steps(table.reset_index(), 12, "a title")
