@@ -12,7 +12,7 @@ import math
 import re
 from bisect import bisect_left
 from collections import Counter, namedtuple
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -100,6 +100,12 @@ def text_color(method: str) -> str:
 def spoken(method: str) -> str:
     """Return a method's name in words: compound_searched becomes compound searched."""
     return method.replace("_", " ")
+
+
+def listed(names: Iterable[str], last: str = "and") -> str:
+    """Join names as in a sentence: a; a and b; a, b and c."""
+    names = list(names)
+    return f" {last} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def figure8_lines(costs: Mapping[str, float]) -> list[list[str]]:

@@ -54,19 +54,20 @@ PROFILES = {
 MEANS = {"baseline": 40, "depth": 44.4, "width": 45.1, "resolution": 44.7, "compound": 47.6}
 MEANS |= {"depth_matched": 44.9, "width_matched": 45.9, "resolution_matched": 46.2, "fast_compound": 47.4}
 MEANS |= {"width_x2": 43.1, "compound_x2": 44.2}
-CLAIMS = {  # key: title, budget, contrasts
+CLAIMS = {  # key: title, contrasts
     "compound_matched": (
         "compound scaling beats each single axis at matched FLOPs",
-        "matched",
         [("compound", axis) for axis in MATCHED],
     ),
     "compound_published": (
         "compound scaling beats each single axis at the published coefficients",
-        "published",
         [("compound", axis) for axis in AXES],
     ),
-    "fast_compound": ("fast compound scaling is compared with compound", None, [("fast_compound", "compound")]),
-    "axes_help": ("each single axis improves on the baseline", None, [(axis, "baseline") for axis in AXES]),
+    "fast_compound": (
+        "fast compound scaling compared with compound scaling at matched FLOPs",
+        [("fast_compound", "compound")],
+    ),
+    "axes_help": ("each single axis improves on the baseline", [(axis, "baseline") for axis in AXES]),
 }
 # As 00_architecture counts them
 TABLE7_COST = """method,d,w,r,params,flops,activations,paper_flops,compound_extra_percent,matched_coefficient,\
@@ -180,7 +181,7 @@ def write_tables(name: Path, results: Path, purpose: str = "exploratory") -> Non
         rows.append(row | {"paper_flops": flops, "paper_top1": top1, "purpose": purpose})
     save_table(pd.DataFrame(rows), tables / "table7.csv")
     flops, contrasts, claims = done.groupby("method")["flops"].first(), [], []
-    for key, (title, budget, pairs) in CLAIMS.items():
+    for key, (title, pairs) in CLAIMS.items():
         pairs = [pair for pair in pairs if set(pair) <= set(scores)]
         for target, other in pairs:
             row = {"claim": key, **contrast(scores, target, other, len(pairs)), "same_as": ""}
@@ -194,7 +195,7 @@ def write_tables(name: Path, results: Path, purpose: str = "exploratory") -> Non
                 f"{r['target']} is {r['difference']:+.2f} points from {r['other']}: {r['outcome']}".replace("_", " ")
                 for r in mine
             ]
-            about = {"key": key, "title": title, "budget": budget, "open": "", "sentences": sentences}
+            about = {"key": key, "title": title, "open": "", "sentences": sentences}
             claims.append(about | {"seeds": min(row["n"] for row in mine), "outcome": None})
     save_table(pd.DataFrame(contrasts), tables / "contrasts.csv")
     verdict = {"profile": "mini", "purpose": purpose, "stamp": profile.stamp, "confidence": 0.95, "margin": 0.5}
@@ -222,7 +223,7 @@ def write_budget_tables(name: Path, results: Path) -> None:
         "key": "compound_x2",
         "title": "compound scaling beats each single axis at about 2 times the baseline's FLOPs",
     }
-    claim |= {"budget": "x2", "open": "methods that it needs are not planned", "seeds": 0, "outcome": None}
+    claim |= {"open": "methods that it needs are not planned", "seeds": 0, "outcome": None}
     verdict = {"claims": [claim | {"sentences": ["compound x2 is higher than width x2"]}]}
     (results / "mini-x2" / "tables" / "verdict.json").write_text(json.dumps(verdict))
 

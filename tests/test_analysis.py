@@ -114,7 +114,6 @@ def test_claims_are_keyed_and_the_headline_comes_first():
         *("compound_matched", "compound_published", "compound_x2", "compound_x10", "fast_compound", "axes_help"),
         *("searched", "searched_vs_published"),
     ]
-    assert [claim.budget for claim in claims] == ["matched", "published", "x2", "x10", None, None, None, None]
     assert planned_claims(["baseline"]) == planned_claims([]) == []
     assert [claim.key for claim in planned_claims(["baseline", "depth"])] == ["axes_help"]
     assert planned_claims(["depth", "width", "compound_phi2.5"]) == []  # no partner
@@ -178,7 +177,7 @@ def test_a_claim_waits_for_all_its_planned_runs_and_a_failed_one_has_ended(profi
         write_record(run, status="diverged", diverged={"epoch": 1, "step": 1, "lr": 0.1}, **run.about)
     table, claims = decide(profile, tmp_path)
     assert claims["compound_published"] | {"sentences": []} == {
-        **{"key": "compound_published", "budget": "published", "open": "", "seeds": 0, "outcome": "inconclusive"},
+        **{"key": "compound_published", "open": "", "seeds": 0, "outcome": "inconclusive"},
         **{"title": "compound scaling beats each single axis at the published coefficients", "sentences": []},
     }
     assert ("compound", "depth") not in set(zip(table["target"], table["other"], strict=True))
@@ -458,7 +457,7 @@ def test_the_page_says_what_ran_and_what_came_out(changeable):
     assert {path.name for path in (results / "tiny" / "tables").iterdir()} == {"mistakes.csv"}  # no pilot, no ablation
     assert page.startswith("# Tiny\n") and "pipeline check, not evidence" in page and "35 of 35 planned" in page
     assert "## Contrasts" in page and "Verdict" not in page and "![lengths](figures/lengths.png)" in page
-    assert "![figure8]" not in page and "Not as planned" not in page
+    assert "![figure8]" not in page and "not as planned" not in page
     assert "| compound | 1.40 | 1.20 | 1.30 |" in page and "| 77.00 | 76.90 to 77.10 | 0.08 | 81.1 | 0.2 | 7 |" in page
     short = load_profile(whole.with_name("short.yaml"))
     first, *_, last = plan_runs(short, results, ["baseline"])
@@ -469,8 +468,8 @@ def test_the_page_says_what_ran_and_what_came_out(changeable):
     page = page_of(short, results)
     assert "It extends [Tiny](../tiny/README.md) (epochs 4 to 2) and decides no claim by itself" in page
     assert (
-        "## Not as planned\n\n- baseline, seed 0: failed\n- baseline, seed 2: missing\n- depth_matched, seed 1: "
-        in page
+        "## Not finished, or not as planned\n\n- baseline: seed 0 (failed)\n- baseline: seed 2 (missing)\n"
+        "- depth matched, seed 1: " in page
     )
     assert "2.0 hours of computing within 49.0 hours,\n  2026-01-02 03:04 to 2026-01-04 04:04 UTC" in page
     assert "so batch norm saw 10 images at a time instead of 20\n" in page and "13 of 15 planned" in page

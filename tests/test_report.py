@@ -36,8 +36,9 @@ from effnet_study.documents.compose import (
     write_all,
 )
 from effnet_study.documents.evidence import Study, alternative_texts, outcome, pilot_table
-from effnet_study.documents.templates import capital, listed, number
+from effnet_study.documents.templates import capital, number
 from effnet_study.files import NOTEBOOKS, RESULTS, ROOT
+from effnet_study.methods import listed
 from effnet_study.profile import load_profile
 
 pytest_plugins = ["documents"]
@@ -275,7 +276,7 @@ def decided(folder: Path, verdict: str | None, purpose: str = "evidence", n: int
         for axis, word, difference in zip(("depth", "width", "resolution"), words, (3, 2.25, -1), strict=True)
     ]
     pd.DataFrame(rows).to_csv(tables / "contrasts.csv", index=False)
-    claim = {"key": "compound_matched", "title": "compound wins", "budget": "matched", "open": "", "seeds": n}
+    claim = {"key": "compound_matched", "title": "compound wins", "open": "", "seeds": n}
     claim |= {"outcome": verdict, "sentences": [], **changes}
     (tables / "verdict.json").write_text(json.dumps({"claims": [claim]}))
     runs = pd.DataFrame({"method": "compound", "seed": range(5), "data": "Images"})
@@ -350,7 +351,7 @@ def test_a_finished_comparison_is_told_until_the_deciding_one_has_as_many_seeds(
     both = pd.concat([rows.iloc[:1], rows.assign(claim="compound_published", n=5, difference=9, low=8, high=10)])
     both.to_csv(tables / "contrasts.csv", index=False)
     claim = json.loads((tables / "verdict.json").read_text())["claims"][0]
-    published = claim | {"key": "compound_published", "budget": "published", "seeds": 5, "open": ""}
+    published = claim | {"key": "compound_published", "seeds": 5, "open": ""}
     (tables / "verdict.json").write_text(json.dumps({"claims": [claim, published]}))
     assert "which decide, are not finished yet. At the published coefficients on Images" in outcome(one)["headline"]
     failed = dataclasses.replace(one, runs=one.runs.assign(status=["finished", *["failed"] * 4]))
@@ -367,7 +368,7 @@ def test_matched_flops_are_the_headline_before_the_published_coefficients(tmp_pa
     path, contrasts = one.study_dir / "tables" / "verdict.json", one.study_dir / "tables" / "contrasts.csv"
     claim, table = json.loads(path.read_text())["claims"][0], pd.read_csv(contrasts)
     both = pd.concat([table.assign(claim="compound_published", difference=9, low=8, high=10), table])
-    published = claim | {"key": "compound_published", "budget": "published"}
+    published = claim | {"key": "compound_published"}
     for claims, words in (
         (
             [published, claim],
@@ -384,6 +385,24 @@ def test_matched_flops_are_the_headline_before_the_published_coefficients(tmp_pa
         both[both["claim"].isin([claim["key"] for claim in claims])].to_csv(contrasts, index=False)
         found = outcome(dataclasses.replace(one))
         assert words in found["headline"] and (found["prefix"] == "[Re]") == ("beats" in words)
+
+
+def test_the_headline_tells_the_seeds_of_methods_that_have_not_equally_many(tmp_path):
+    one = decided(tmp_path / "images", "inconclusive", n=3, open="4 of its 6 planned runs have ended")
+    fewer = one.runs.assign(method="width_matched", status=["finished", *["missing"] * 4])
+    some = dataclasses.replace(one, runs=pd.concat([one.runs, fewer]))
+    assert outcome(some)["headline"].endswith(", so far with 1 to 3 of 5 seeds.")
+
+
+def test_a_comparison_without_a_verdict_says_what_was_found_and_what_is_open(tmp_path):
+    one = decided(tmp_path / "images", "reproduced")
+    path = one.study_dir / "tables" / "verdict.json"
+    claim = json.loads(path.read_text())["claims"][0]
+    fast = {"key": "fast_compound", "outcome": None, "sentences": ["fast is -1.00 points away: below (n = 2)"]}
+    for still, words in (("", ""), ("7 of its 10 runs have ended", "; 7 of its 10 runs have ended")):
+        path.write_text(json.dumps({"claims": [claim, claim | fast | {"open": still}]}))
+        told = {each["key"]: each["status"] for each in dataclasses.replace(one).claims}["fast_compound"]
+        assert told == "fast is −1.00 points away: below (n = 2)" + words
 
 
 def test_a_study_without_a_headline_says_so(tmp_path):
@@ -507,8 +526,17 @@ def test_the_measured_time_of_fast_compound_is_told(copied):
     folder.mkdir(parents=True)
     times = {"network": ["compound", "fast_compound"], "relative_time": [1, 0.8], "ratio_q25": [1, 0.75]}
     pd.DataFrame(times | {"ratio_q75": [1, 0.85], "profile": copied.name}).to_csv(folder / "fast.csv", index=False)
-    said = r"on some gpu, its training step takes 0.80 times as long as compound.s \(quartiles 0.75 to 0.85\)"
+    (folder / "device.json").write_text('{"device": {"name": "Some GPU"}}')
+    said = r"on Some GPU, its training step takes 0.80 times as long as compound.s \(quartiles 0.75 to 0.85;"
     assert re.search(said, compiled(REPORT, copied))
+
+
+def test_a_caption_tells_that_an_extension_is_unfinished(copied):
+    said = "Mini, twice the FLOPs: 3 of 4 planned runs are finished."
+    assert said not in compiled(REPORT, copied)
+    x2 = next(each for each in copied.extensions if each.name == "mini-x2")
+    x2 = dataclasses.replace(x2, runs=x2.runs.assign(status=["missing", *x2.runs["status"][1:]]))
+    assert said in compiled(REPORT, dataclasses.replace(copied, extensions=(x2,)))
 
 
 def test_a_damaged_table_is_named(copied):

@@ -24,7 +24,6 @@ class Claim:
     key: str
     title: str
     pairs: tuple[tuple[str, str], ...]
-    budget: str | None = None  # at which compound scaling is compared: matched, published, x2
     decides: bool = True  # "target beats other"; else methods are only compared
 
     @property
@@ -42,9 +41,9 @@ def planned_claims(methods: Iterable[str]) -> list[Claim]:
     better = "the searched coefficients beat the published ones"
     about = "at about {} times the baseline's FLOPs"
     claims = [
-        Claim(HEADLINE, f"{compound} at matched FLOPs", HEADLINE_PAIRS, "matched"),
-        Claim("compound_published", f"{compound} at the published coefficients", _against("compound"), "published"),
-        *(Claim(f"compound_x{n}", f"{compound} {about.format(n)}", _against("compound", n), f"x{n}") for n in times),
+        Claim(HEADLINE, f"{compound} at matched FLOPs", HEADLINE_PAIRS),
+        Claim("compound_published", f"{compound} at the published coefficients", _against("compound")),
+        *(Claim(f"compound_x{n}", f"{compound} {about.format(n)}", _against("compound", n)) for n in times),
         Claim("fast_compound", fast, (("fast_compound", "compound"),), decides=False),
         Claim("axes_help", "each single axis improves on the baseline", tuple((axis, "baseline") for axis in AXES)),
         Claim("searched", searched, _against("compound_searched")),
@@ -86,7 +85,7 @@ def verdict(profile: Profile, runs: pd.DataFrame, table: pd.DataFrame, searched:
         grown = [axis for axis, factor in zip(AXES, searched or (), strict=False) if factor > 1]
         if claim.key == "searched" and len(grown) == 1:  # the grid holds such points too
             sentences.append(f"The search gave everything to {grown[0]}, so this is not compound scaling")
-        entry = {"key": claim.key, "title": claim.title, "budget": claim.budget, "open": still_open}
+        entry = {"key": claim.key, "title": claim.title, "open": still_open}
         claims.append(entry | {"seeds": seeds, "outcome": outcome, "sentences": sentences})
     head = {"profile": profile.name, "purpose": profile.purpose, "stamp": profile.stamp}
     return head | {"confidence": CONFIDENCE, "margin": MARGIN, "claims": claims}
@@ -131,7 +130,8 @@ def verdict_lines(found: Mapping) -> list[str]:
     if not found["claims"]:
         return ["No claim has finished runs of two methods that it compares, so there is nothing to decide."]
     lines = [
-        "Differences of mean test top-1 with Welch's intervals over seeds; those of one claim hold together at 95 %."
+        "Differences of mean test top-1 with Welch's intervals over seeds; those of one claim hold together at 95 %. "
+        "n is the number of seeds, of the method with fewer."
     ]
     lines.append("")
     for claim in found["claims"]:

@@ -104,8 +104,8 @@ def _heading(profile: Profile, points: Iterable[str], done: pd.DataFrame) -> str
 
 
 def draw_figure8(profile: Profile, points: Mapping[str, tuple[float, Sequence[float]]], done: pd.DataFrame):
-    """Draw Figure 8, ours beside the paper's. points: of `tables.figure8_points`; those that are matched are left to
-    `draw_matched`."""
+    """Draw Figure 8, ours beside the paper's. points: of `tables.figure8_points`; matched single axes are left
+    to `draw_matched`."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
     unmatched = {method: point for method, point in points.items() if not method.endswith("_matched")} or points
     draw_against_cost(left, unmatched, "million")

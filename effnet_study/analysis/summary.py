@@ -13,7 +13,7 @@ from effnet_study.analysis.statistics import half_up
 from effnet_study.analysis.tables import changes_in_words, contrasts, finished_runs, kind_of, study_runs, table7
 from effnet_study.coefficients import describe_search, load_coefficients, searched_coefficients
 from effnet_study.files import RESULTS, in_markdown, replace_file, save_figure, save_table
-from effnet_study.methods import spoken
+from effnet_study.methods import listed, spoken
 from effnet_study.profile import Profile
 from effnet_study.record import read_record
 
@@ -78,8 +78,8 @@ def write_page(profile: Profile, found: Mapping, results: str | Path | None = No
     sections += ["## Table 7", "", _in_markdown(table7(profile, done), IN_RESULTS, str), ""]
     if searched_coefficients(profile, study_dir):
         sections += ["## Coefficient search", "", describe_search(load_coefficients(profile, study_dir)), ""]
-    if unplanned := _unplanned(runs):
-        sections += ["## Not as planned", "", *unplanned, ""]
+    if unplanned := [*unfinished_runs(runs), *_split_batches(runs)]:
+        sections += ["## Not finished, or not as planned", "", *(f"- {line}" for line in unplanned), ""]
     sections += _pictures(study_dir, FIGURES)
     replace_file(study_dir / "README.md", "\n".join(sections).rstrip("\n") + "\n")
 
@@ -105,7 +105,7 @@ def _about(profile: Profile, runs: pd.DataFrame) -> list[str]:
     counts = "{train:,} training, {minival:,} minival and {test:,} test images".format(**data["counts"])
     begin, end = pd.to_datetime(done["started"]).min(), pd.to_datetime(done["ended"]).max()
     hours, within = done["seconds"].sum() / 3600, (end - begin).total_seconds() / 3600
-    uneven = ", and cannot be compared between processors" if done["device"].nunique() > 1 else ""
+    uneven = "; times cannot be compared between processors" if done["device"].nunique() > 1 else ""
     purpose = f"Purpose: **{profile.stamp}**. {len(done)} of {len(runs)} planned runs are finished."
     if (parent := profile.parent) is not None:
         changes = changes_in_words(profile) or "the same recipe"
@@ -118,7 +118,7 @@ def _about(profile: Profile, runs: pd.DataFrame) -> list[str]:
         purpose,
         "",
         f"- Data: {in_markdown(data['title'])}, {counts} of {data['classes']} classes.",
-        f"- Machine: {', '.join(done['device'].unique())}; {hours:.1f} hours of computing within {within:.1f} hours,",
+        f"- Machine: {listed(done['device'].unique())}; {hours:.1f} hours of computing within {within:.1f} hours,",
         f"  {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC.",
         f"  Other work on the machine makes times longer{uneven}.",
         f"- Code: {', '.join(str(commit)[:10] for commit in done['commit'].unique())}, Python {versions['python']}, "
@@ -198,16 +198,21 @@ def _span(ratios: pd.Series) -> str:
     return " to ".join(dict.fromkeys(f"{value:+.0f} %" for value in (percent.min(), percent.max())))
 
 
-def _unplanned(runs: pd.DataFrame) -> list[str]:
-    """Name the runs that have not finished, or had to split their batches."""
-    lines = []
+def unfinished_runs(runs: pd.DataFrame) -> list[str]:
+    """Name the runs that have not finished, those of one state and the same seeds together. runs: of `load_runs`."""
+    alike = {}  # seeds and their state: the methods of which just these have it
     for (method, status), group in runs[runs["status"] != "finished"].groupby(["method", "status"], sort=False):
-        seeds = f"seed{'s' * (len(group) > 1)} {', '.join(map(str, group['seed']))}"
-        lines.append(f"- {method}, {seeds}: {status}")
-    most = runs["micro_batch"].max()
+        seeds = f"seed{'s' * (len(group) > 1)} {listed(group['seed'].astype(str))} ({status})"
+        alike.setdefault(seeds, []).append(spoken(method))
+    return [f"{listed(methods)}: {seeds}" for seeds, methods in alike.items()]
+
+
+def _split_batches(runs: pd.DataFrame) -> list[str]:
+    """Name the runs that had to split their batches."""
+    lines, most = [], runs["micro_batch"].max()
     for run in runs[runs["micro_batch"] < most].itertuples():
         sizes = f"{run.micro_batch:.0f} images at a time instead of {most:.0f}"
-        lines.append(f"- {run.method}, seed {run.seed}: memory was short, so batch norm saw {sizes}")
+        lines.append(f"{spoken(run.method)}, seed {run.seed}: memory was short, so batch norm saw {sizes}")
     return lines
 
 

@@ -17,16 +17,17 @@ import pandas as pd
 from effnet_study.analysis.claims import COMPARED, HEADLINE, Claim, claim_runs, planned_claims
 from effnet_study.analysis.recipes import load_pilots
 from effnet_study.analysis.statistics import SAME, half_up
+from effnet_study.analysis.summary import unfinished_runs
 from effnet_study.analysis.tables import extensions, kind_of
-from effnet_study.documents.templates import capital, listed
+from effnet_study.documents.templates import capital
 from effnet_study.files import NOTEBOOKS, RESULTS, plain, read_table
-from effnet_study.methods import spoken
+from effnet_study.methods import listed, spoken
 from effnet_study.profile import Profile
 from effnet_study.record import read_record
 from effnet_study.run import ENDED, load_runs
 
-TOLD = (HEADLINE, "compound_published")  # claims that titles tell: the first that a study plans decides
-BUDGETS = {"matched": "at matched FLOPs", "published": "at the published coefficients"}
+# Claims that titles tell, and in which words. The first that a study plans decides
+TOLD = {HEADLINE: "at matched FLOPs", "compound_published": "at the published coefficients"}
 # The title's prefix by the outcome of the claim that decides, as in ReScience C
 PREFIXES = {"reproduced": "[Re]", "contradicted": "[¬Re]"}
 UNDECIDED = "[Re: undecided]"
@@ -107,13 +108,13 @@ class Study:
         for planned in planned_claims(self.profile.methods):
             claim = found.get(planned.key)
             if claim is not None:
-                still = f" ({claim['open']})" if claim["open"] else ""
-                told = claim["outcome"] or COMPARED
+                told, still = claim["outcome"] or COMPARED, f" ({claim['open']})" if claim["open"] else ""
                 if not planned.decides:
                     told = listed(claim["sentences"]).replace(" -", " −")
+                    still = f"; {claim['open']}" if claim["open"] else ""
                 claims.append(claim | {"status": told + still})
             elif self.profile.purpose == "evidence":
-                claim = {"key": planned.key, "title": planned.title, "budget": planned.budget, "sentences": []}
+                claim = {"key": planned.key, "title": planned.title, "sentences": []}
                 claims.append(claim | {"open": "no runs", "seeds": 0, "outcome": None, "status": "not tested yet"})
         return claims
 
@@ -142,11 +143,7 @@ class Study:
         expected = EXPECTED if self.kind is None else changed
         gaps = [f"{what} ({file}); to make it: make report" for file, what in expected.items() if not self.has(file)]
         gaps += ["tables of the runs as they are now; to make them: make report"] * self.stale
-        open_runs = {}  # seeds and states, and the methods that lack the same ones
-        for method, group in self.runs[self.runs["status"] != "finished"].groupby("method", sort=False):
-            seeds, states = listed(group["seed"].astype(str)), listed(dict.fromkeys(group["status"]))
-            open_runs.setdefault(f"seed{'s' * (len(group) > 1)} {seeds} ({states})", []).append(spoken(method))
-        return [*gaps, *(f"{listed(methods)}: {which}" for which, methods in open_runs.items()), *failed]
+        return [*gaps, *unfinished_runs(self.runs), *failed]
 
 
 def load_study(profile: Profile, results: Path = RESULTS, failures: Mapping[str, str] | None = None) -> Study:
@@ -188,10 +185,10 @@ def outcome(study: Study) -> dict[str, str]:
         if key == decisive and claim["outcome"] in PREFIXES:
             lead, prefix = _lead(rows), PREFIXES[claim["outcome"]]
         seeds = _seeds(study, planned[key], rows)
-        detail = f"{BUDGETS[claim['budget']]} on {study.data}, {_differences(rows)}{seeds}."
+        detail = f"{TOLD[key]} on {study.data}, {_differences(rows)}{seeds}."
         if key != decisive:
             state = _state(study, planned[decisive])
-            detail = f"the networks {BUDGETS['matched']}, which decide, {state}. {capital(detail)}"
+            detail = f"the networks {TOLD[decisive]}, which decide, {state}. {capital(detail)}"
         elif claim["open"] and study.open_runs(planned[decisive]).empty:
             detail += f" {capital(claim['open'])}."
     lead += f" at {study.scale}" if study.scale else ""
@@ -231,10 +228,12 @@ def _differences(rows: pd.DataFrame) -> str:
 
 def _seeds(study: Study, claim: Claim, rows: pd.DataFrame) -> str:
     """Say how many seeds there are if these are fewer than planned."""
-    few, planned = rows["n"].min(), claim_runs(claim, study.profile, study.runs).groupby("method").size().min()
-    if few >= planned:
+    own = claim_runs(claim, study.profile, study.runs)
+    planned, counts = own["method"].value_counts().min(), own.loc[own["status"] == "finished", "method"].value_counts()
+    if counts.min() >= planned:
         return ""
-    return f", {'with only' if study.open_runs(claim).empty else 'so far with'} {few} of {planned} seeds"
+    seeds = " to ".join(dict.fromkeys(f"{count}" for count in (counts.min(), counts.max())))
+    return f", {'with only' if study.open_runs(claim).empty else 'so far with'} {seeds} of {planned} seeds"
 
 
 def pilot_table(study: Study) -> list[dict]:

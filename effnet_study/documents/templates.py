@@ -1,24 +1,17 @@
 """The templates in report/, which Jinja fills in, and what they need to put numbers and names into words."""
 
 import math
-from collections.abc import Iterable
 
 import jinja2
 
 from effnet_study.analysis.statistics import half_up
 from effnet_study.files import ROOT
-from effnet_study.methods import spoken
+from effnet_study.methods import listed, spoken
 
 
 def number(value: float, form: str = ".2f") -> str:
     """Format a number, or a dash if there is none."""
     return format(half_up(value), form) if math.isfinite(value) else "–"
-
-
-def listed(names: Iterable[str], last: str = "and") -> str:
-    """Join names as in a sentence: a; a and b; a, b and c."""
-    names = list(names)
-    return f" {last} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def capital(sentence: str) -> str:
