@@ -498,9 +498,9 @@ class Trainer:
         self.forward = self.model  # the module that a step calls; several processes wrap it
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         # Weights and batch norm's statistics are averaged, batch norm's counts of batches are copied
-        pairs = list(zip(*(m.state_dict(keep_vars=True).values() for m in (self.ema, self.model)), strict=True))
-        self.averaged = [[pair[i] for pair in pairs if pair[0].is_floating_point()] for i in (0, 1)]
-        self.counts = [[pair[i] for pair in pairs if not pair[0].is_floating_point()] for i in (0, 1)]
+        tensors = [[*module.state_dict(keep_vars=True).values()] for module in (self.ema, self.model)]
+        self.averaged = [[x for x in group if x.is_floating_point()] for group in tensors]
+        self.counts = [[x for x in group if not x.is_floating_point()] for group in tensors]
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(config.precision, device) == torch.float16)
         self.optimizer = make_optimizer(self.model, config, fused=not self.scaler.is_enabled())
 

@@ -40,6 +40,7 @@ from effnet_study.study import Launcher
 from effnet_study.study import plan as plan_study
 
 BY_NAME = (*VARIANTS, *TORCHVISION_MODELS)
+NOTHING_LEFT = "Nothing left to run: all runs that can start have ended."
 app = typer.Typer(
     help="A reproduction study of EfficientNet's compound scaling.",
     add_completion=False,
@@ -50,7 +51,7 @@ app = typer.Typer(
 
 def duration(text: str) -> float:
     """Return the seconds of 90, 90s, 9m or 1h30m."""
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", f"{text}s" if text.isdecimal() else text)
     if not text or match is None:
         raise ValueError(f"expected a time such as 90s, 9m or 1h30m, got {text!r}")
     hours, minutes, seconds = (int(part or 0) for part in match.groups())
@@ -146,7 +147,7 @@ def study(
     seeds: Annotated[list[int] | None, _option("only these seeds of the profile", "SEED ...")] = None,
     device: Device = None,
     retry: Retry = False,
-    analysis: Annotated[bool | None, _option("execute the analysis, or not (default: if a run was trained)")] = None,
+    analysis: Annotated[bool | None, _option("execute the analysis, or not (default: if it is not up to date)")] = None,
     jobs: Jobs = None,
     threads: Threads = None,
     executor: Annotated[Literal["local", "ray", "slurm"], _option(executors)] = "local",
@@ -158,7 +159,9 @@ def study(
     launcher = Launcher(load_profile(profile), results, **asked, device=device, jobs=jobs, threads=threads)
     if executor != "slurm":
         return replace(launcher, executor=executor, deadline=deadline_of(time_budget)).study()
-    submitted = launcher.submit(time_budget or 3600)
+    if not (submitted := launcher.submit(time_budget or 3600)):
+        print(NOTHING_LEFT)
+        return
     print(f"submitted {len(submitted)} jobs: {', '.join(job.job_id for job in submitted)}; how far they are: ", end="")
     print(f"{launcher.profile.command('status', results)} --watch")
 
@@ -182,7 +185,7 @@ def plan(
     place = {"device": device, "jobs": jobs, "threads": threads}
     table, jobs = plan_study(load_profile(profile), results, **place, seconds=seconds)
     if table.empty:
-        print("Nothing left to run: all runs that can start have ended.")
+        print(NOTHING_LEFT)
         return
     numbers = {"flops": lambda count: f"{count / 1e6:,.1f}", "activations": lambda count: f"{count / 1e6:.3f}"}
     numbers["seconds"] = lambda seconds: str(timedelta(seconds=round(seconds)))
@@ -395,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError, typer.exceptions.TyperException) as error:
         words = error.format_message() if isinstance(error, typer.exceptions.TyperException) else str(error)
         if isinstance(error, ModuleNotFoundError):
-            words += "; extras: pip install 'effnet-study[ray,slurm,tensorboard]'"
+            words += "; all that this project needs: pip install -r requirements.txt"
         print(f"effnet: {words.replace('Value error, ', '')}", file=sys.stderr)  # pydantic's, in an option's error
         return 2
     except KeyboardInterrupt as error:

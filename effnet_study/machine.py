@@ -42,9 +42,10 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
             "forward-compatibility package (cuda-compat), or install a torch for CUDA 12. A cluster's job must be "
             "given the GPU. To train on the CPU: --device cpu, or CUDA_VISIBLE_DEVICES=-1"
         )
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {str(device)!r}")
+    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", device):
+        raise ValueError(f"device: expected cpu or cuda, got {device!r}")
+    device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {str(device)!r} was asked for, but torch finds no CUDA GPU; use 'cpu'")
     return device

@@ -57,7 +57,7 @@ class ModelRun(Run):
 
     @property
     def about(self) -> dict:
-        return super().about | {"model": self.method}
+        return super().about | {"purpose": "exploratory", "model": self.method}
 
     def model(self, num_classes: int) -> torch.nn.Module:
         return build_network(self.scaling, num_classes, self.profile.stem_stride, self.config, self.method)

@@ -179,8 +179,6 @@ class Profile(Settings):
         if self.search is not None:
             with _naming("search: train"):
                 _check_recipe(self.train | self.search.train)
-                if (self.train | self.search.train).get("pretrained"):
-                    raise ValueError("most candidates have no pretrained weights; set pretrained: false")
         if (self.purpose == "evidence") != (self.protocol is not None):
             raise ValueError(
                 "purpose: evidence needs protocol: {section: NAME, commit: HASH}, the section of report/PROTOCOL.md "

@@ -14,7 +14,7 @@ from effnet_lib import Cost, Scaling, TrainConfig
 from effnet_study.files import RunMismatch, write_json
 from effnet_study.machine import environment
 
-SCHEMA_VERSION = 3  # 1 had no digest; 2 had settings that are gone, and none for a baseline other than B0
+SCHEMA_VERSION = 3  # 2 had settings under other names, and one that is gone
 GONE = ("checkpointing",)  # settings that no longer exist, and never changed a result
 RENAMED = {"warmup": "warmup_fraction", "final_lr": "final_lr_fraction"}  # settings, since schema 3
 EXECUTION = ("compile", "deterministic", "save_seconds", "save_steps")  # settings that do not change the result
@@ -86,30 +86,24 @@ def read_record(run_dir: str | Path, name: str = "run.json") -> dict | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record, dict) and record.get("schema") not in (1, 2, SCHEMA_VERSION):
-            raise ValueError(f"schema {record.get('schema')!r}, expected 1 to {SCHEMA_VERSION}")
+        if isinstance(record, dict) and record.get("schema") not in (2, SCHEMA_VERSION):
+            raise ValueError(f"schema {record.get('schema')!r}, expected 2 or {SCHEMA_VERSION}")
         try:
             _SCHEMA.validate_python(record)
         except ValidationError as error:
             first = error.errors()[0]
             got = "" if isinstance(first["input"], dict) else f", got {reprlib.repr(first['input'])}"
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}{got}") from None
-        if (record["schema"] > 1 or "sha256" in record) and record.get("sha256") != _digest(record):
+        if record.get("sha256") != _digest(record):
             raise ValueError("its digest does not match: it was changed after it was written")
     except (IsADirectoryError, ValueError) as error:  # another OSError says nothing about the record
         raise ValueError(f"{path} is damaged ({error}); restore it, or delete it to run again") from None
-    return upgrade(record)
-
-
-def upgrade(record: Mapping) -> dict:
-    """Return a record of any schema version with the entries of the newest one."""
-    return {"baseline": {"depth": 1.0, "width": 1.0}, **record, "config": upgrade_config(record["config"])}
+    return record | {"config": upgrade_config(record["config"])}
 
 
 def upgrade_config(config: Mapping) -> dict:
     """Return the settings of a record or checkpoint under their present names."""
-    present = {RENAMED.get(name, name): value for name, value in config.items() if name not in GONE}
-    return present | ({"compile": "blocks"} if config.get("compile") == "always" else {})
+    return {RENAMED.get(name, name): value for name, value in config.items() if name not in GONE}
 
 
 def _digest(record: Mapping) -> str:

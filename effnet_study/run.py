@@ -129,15 +129,15 @@ class Run:
         With several devices, each has a process: torch's elastic launcher starts them here, or torchrun has started
         this one. deadline, tensorboard: as in `training.train`.
         """
-        data = _as_expected(data, self.config)
-        processes, record = self._processes(device), read_record(self.run_dir)
+        data, record = _as_expected(data, self.config), read_record(self.run_dir)
+        processes = self._processes(device) if record is None else 1
         if record is not None and (differences := self.differences(record)):
             raise RunMismatch(
                 f"{self.run_dir / 'run.json'} was made with {'; '.join(differences)}; delete {self.run_dir} to start "
                 "again, or keep it and give another folder for results (results, --results)"
             )
         options = {"deadline": deadline, "tensorboard": tensorboard}
-        if processes > 1 and record is None and not torch.distributed.is_torchelastic_launched():
+        if processes > 1 and not torch.distributed.is_torchelastic_launched():
             error = launch(processes, _train_share, (self, device, options), self.run_dir)
             if error is not None and read_record(self.run_dir) is None:
                 known = (self.config, self.cost, data.describe(), choose_device(device))
@@ -289,7 +289,7 @@ def pilot(
     data = load_data(**profile.data.given()).without_test()
     words = {**changes, **({"baseline": str(profile.baseline)[:11]} if "baseline" in changes else {})}
     label = "_".join(f"{key}={value}" for key, value in sorted(words.items())) or "as_it_is"
-    about = run.about | {"pilot": dict(changes), "scored": "minival"}
+    about = run.about | {"purpose": "exploratory", "pilot": dict(changes), "scored": "minival"}
     run_dir = run.study_dir / "pilots" / f"{label}_seed{seed}"
     data = _as_expected(data, run.config)
     return train(run.model(len(data.classes)), data, run.config, run_dir, about=about, device=device)
@@ -303,7 +303,7 @@ def rerun(path: str | Path, results: str | Path = "rerun", device: str | None = 
     record, run_dir = read_record(source), Path(results) / source.resolve().name
     if record is None:
         raise FileNotFoundError(f"{path}: expected a run.json, or a folder with one")
-    for part in ("data", "coefficients", "stem_stride", "dataset"):
+    for part in ("data", "coefficients", "baseline", "stem_stride", "dataset"):
         if part not in record:
             raise ValueError(f"{path} does not say its {part}: it is of an older version, or without a profile")
     config, data = TrainConfig(**record["config"]), load_data(**record["data"])

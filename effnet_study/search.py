@@ -60,6 +60,8 @@ def plan_search(profile: Profile, results: str | Path | None = None) -> tuple[pd
         raise ValueError(f"profile {profile.name} has no search; add search: {{step: 0.1}} to it")
     # Each candidate is trained in one process
     study = profile.replace(train=profile.train | search.train, devices=1)
+    if study.config().pretrained:
+        raise ValueError("search: train: most candidates have no pretrained weights; set pretrained: false")
     baseline, results = profile.cost(Scaling()), Path(results or RESULTS).absolute()
     rows, networks = [], {}
     for coefficients in dict.fromkeys([PUBLISHED, *coefficient_grid(search.step, search.low, search.high)]):

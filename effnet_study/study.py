@@ -35,7 +35,7 @@ class Launcher:
     methods: Sequence[str] | None = None  # only these of the profile
     seeds: Sequence[int] | None = None  # only these of the profile
     retry: bool = False  # run failed and diverged runs again; their records are kept as run.earlier.json
-    analysis: bool | None = None  # execute 00 and 05 (default: if 05 is missing)
+    analysis: bool | None = None  # execute 00 and 05 (default: if 05 is missing or a run was trained)
     device: str | None = None
     jobs: int | None = None  # notebooks at a time; see plan_workers for the defaults
     threads: int | None = None  # CPU threads of each

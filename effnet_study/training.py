@@ -97,7 +97,8 @@ def train(
         try:
             with Stop(deadline) as stop, events as log:
                 outcome = Training(model, data, config, run_dir, device, group, identity, label, stop, log).run()
-        except (OSError, RunMismatch):  # the disk, or another kind of device: the run itself has not failed
+        # The disk, another kind of device, no TensorBoard: the run itself has not failed
+        except (OSError, RunMismatch, ModuleNotFoundError):
             raise
         except Exception as error:
             if machine_failed(error):

@@ -59,6 +59,8 @@ def write_half(run_dir: str | Path, output: str | Path) -> None:
     """Write the weights of a finished run in half precision, small enough for the repository. Under the name
     HALF_WEIGHTS in the run's folder `load_run` reads them where the full ones are missing."""
     run_dir, record = Path(run_dir), read_record(run_dir)
+    if Path(output).resolve() == (run_dir / WEIGHTS).resolve():
+        raise ValueError(f"{output} has the full weights, which would be lost; write {HALF_WEIGHTS} instead")
     if record is None or not (run_dir / WEIGHTS).exists():
         raise FileNotFoundError(f"{run_dir}: expected the folder of a finished run that has its {WEIGHTS}")
     weights = read_weights(run_dir / WEIGHTS, record.get("weights_sha256"))
@@ -219,7 +221,7 @@ def _to_onnx(program: torch.export.ExportedProgram, output: Path, metadata: dict
         import onnxruntime  # only ONNX needs these packages
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise RuntimeError(f"ONNX needs more packages ({error}): pip install -e '.[export]'") from None
+        raise RuntimeError(f"ONNX needs more packages ({error}): pip install -r requirements.txt") from None
     made = torch.onnx.export(program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False)
     made.model.metadata_props.update(metadata)
     replace_file(output, made.save)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 import threading
@@ -18,6 +17,7 @@ import yaml
 from PIL import Image
 
 import effnet_lib
+from effnet_study import record as record_module
 from effnet_study.data import sources
 from effnet_study.data.load import load_data
 
@@ -177,9 +177,9 @@ def published(tmp_path, monkeypatch):
 
 
 def write_record(run, top1=50.0, **changes):
-    """Write the record of a finished run that never took place, of the oldest schema, with some entries changed."""
+    """Write the record of a finished run that never took place, with some entries changed."""
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    record = {"schema": 1, "status": "finished", "config": dict(run.config), "seed": run.seed}
+    record = {"status": "finished", "config": dict(run.config), "seed": run.seed}
     record |= {"cost": {"params": 1, "flops": 2, "activations": 3}, "minival": {"top1": 40.0}, "micro_batch": 20}
     record |= {"test": {"top1": top1, "top5": 90.0, "loss": 1.0}, "test_raw": {"top1": 45.0}}
     counts = {"train": 9, "minival": 9, "test": 1000}
@@ -187,7 +187,7 @@ def write_record(run, top1=50.0, **changes):
     record |= {"versions": {"python": "3", "torch": "2"}}
     record |= {"seconds": 9.0, "images_per_second": 7.0, "peak_memory_bytes": 5, "device": {"name": "box"}}
     record |= {"started": "2026-01-02T03:04:05+00:00", "ended": "2026-01-02T04:04:05+00:00"}
-    (run.run_dir / "run.json").write_text(json.dumps(record | changes))
+    record_module.write_record(run.run_dir, record | changes)
 
 
 class Disturbed:

@@ -335,6 +335,7 @@ def test_a_pilot_may_change_the_baseline_its_pixels_and_the_seed(profile_file, t
     run_dir = tmp_path / "tiny" / "pilots" / "base_resolution=12_baseline=d0.50_w0.25_lr=0.02_seed3"
     record, changes = read_record(run_dir), {"baseline": {"depth": 0.5, "width": 0.25}, "base_resolution": 12}
     assert record["seed"] == 3 and record["pilot"] == changes | {"lr": 0.02} and record["scored"] == "minival"
+    assert record["purpose"] == "exploratory"
     assert record["baseline"] == changes["baseline"] and record["config"]["resolution"] == 12
     assert record["config"]["lr"] == 0.02 and record["config"]["momentum"] == 0.85  # of the profile's recipe
     assert record["cost"]["flops"] == flops_by_hand(0.5, 0.25, 12, 10)

@@ -191,6 +191,8 @@ def test_a_folder_of_its_own_three_parts_keeps_them(image_folder, tmp_path):
     assert data.counts == {"train": 20, "minival": 20, "test": 20}
     for split, part in (("train", "train"), ("minival", "val"), ("test", "test")):
         assert {data.files[i].split("/")[0] for i in data.indices[split]} == {part}
+    with pytest.raises(ValueError, match="minival: .*pictures has a minival of its own, val/; leave the setting out"):
+        load_data(f"folder:{folder}", tmp_path, size=12, minival=0.5)
     few, again = (load_data(f"folder:{folder}", tmp_path, size=12, train_per_class=4) for _ in range(2))
     assert few.counts == {"train": 8, "minival": 20, "test": 20} and few.fingerprint == again.fingerprint
     assert [few.files[i] for i in few.indices["train"]] != few.files[:4] + few.files[10:14]  # drawn at random

@@ -395,7 +395,7 @@ def test_slurm_is_not_given_too_little_time_nor_nothing_to_do(profile_file, tmp_
     write_record(run)
     run.executed.parent.mkdir(exist_ok=True)
     run.executed.touch()
-    assert main([*words, "--no-analysis"]) == 0 and "submitted 0 jobs" in capsys.readouterr().out
+    assert main([*words, "--no-analysis"]) == 0 and "Nothing left to run" in capsys.readouterr().out
     assert fake_slurm() == []
 
 

@@ -29,9 +29,10 @@ def test_a_gpu_that_torch_cannot_use_is_not_replaced_by_the_cpu(without_working_
     assert machine.choose_device("cpu") == torch.device("cpu")
 
 
-def test_other_kinds_of_devices_are_refused():
-    with pytest.raises(ValueError, match="device: expected cpu or cuda, got 'mps'"):
-        machine.choose_device("mps")
+@pytest.mark.parametrize("device", ["mps", "gpu", "tpu", torch.device("meta")])
+def test_other_kinds_of_devices_are_refused(device):
+    with pytest.raises(ValueError, match=f"device: expected cpu or cuda, got '{device}'"):
+        machine.choose_device(device)
 
 
 @pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])

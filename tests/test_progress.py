@@ -5,6 +5,7 @@ import io
 import os
 import re
 import signal
+import sys
 import time
 
 import IPython
@@ -201,6 +202,14 @@ def test_a_notebooks_cell_shows_a_bar_and_a_table_in_place(profile_file, tmp_pat
     assert re.search(r"baseline +0 +finished +3/3 ", handle.shown[-1]["text/plain"])
     assert read_progress(run.run_dir) is None  # a finished run has no other traces
     assert not (run.run_dir / "tensorboard").exists()  # which was not asked for
+
+
+def test_a_run_without_tensorboard_has_not_failed(profile_file, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    run = Run.plan(profile_file(**SMALL), "baseline", 0, tmp_path)
+    with pytest.raises(ModuleNotFoundError):
+        run.train(load_data(**run.profile.data.given()), "cpu", tensorboard=True)
+    assert run.state() == "missing"
 
 
 def test_a_cell_that_is_stopped_says_how_to_go_on_and_event_files_have_every_epoch_once(profile_file, tmp_path, handle):

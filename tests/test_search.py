@@ -23,6 +23,7 @@ from effnet_study.coefficients import describe_search, made_by, searched_coeffic
 from effnet_study.execution.notebook import TRY_AGAIN, run_notebook
 from effnet_study.files import hold
 from effnet_study.methods import coefficient_grid, figure8_lines
+from effnet_study.model_run import plan_model
 from effnet_study.record import read_record
 from effnet_study.run import plan_runs
 from effnet_study.search import all_candidates
@@ -110,6 +111,13 @@ def test_what_exceeds_max_flops_is_not_trained(searching):
         study.plan_search(searching(step=0.1, max_flops=1.01))
 
 
+def test_candidates_are_not_pretrained_but_other_networks_of_the_profile_can_be(searching):
+    profile = searching(train={"pretrained": True})
+    with pytest.raises(ValueError, match="search: train: most candidates have no pretrained weights"):
+        study.plan_search(profile)
+    assert plan_model("b0", "quick", changes={"pretrained": True}).config.pretrained  # which has a search
+
+
 @pytest.mark.parametrize(
     "search, message",
     [
@@ -118,7 +126,6 @@ def test_what_exceeds_max_flops_is_not_trained(searching):
         ({"max_flops": 0.5}, "search: max_flops: expected a value greater than or equal to 1, got 0.5"),
         ({"seeds": [[0]]}, r"search: seeds: 0: expected a valid integer, got \[0\]"),
         ({"high": float("inf")}, "search: high: expected a finite number, got inf"),
-        ({"train": {"pretrained": True}}, "search: train: most candidates have no pretrained weights"),
         ({"seeds": []}, "search: seeds: expected a list without repetitions"),
         ({"sed": [1]}, "search: unknown setting 'sed'.*Did you mean 'seeds'"),
         ({"train": {"epoch": 1}}, "search: train: unknown setting 'epoch'.*Did you mean 'epochs'"),

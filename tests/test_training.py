@@ -318,11 +318,11 @@ def test_torn_checkpoints_are_reported_and_the_run_starts_again(tmp_path, digits
 
 
 def test_a_damaged_record_is_named(tmp_path):
-    (tmp_path / "run.json").write_text('{"schema": 1, "status"')
+    (tmp_path / "run.json").write_text('{"schema": 2, "status"')
     with pytest.raises(ValueError, match=r"run\.json is damaged"):
         read_record(tmp_path)
     (tmp_path / "run.json").write_text('{"schema": 99}')
-    with pytest.raises(ValueError, match="schema 99, expected 1"):
+    with pytest.raises(ValueError, match="schema 99, expected 2"):
         read_record(tmp_path)
 
 

@@ -484,6 +484,8 @@ def test_half_precision_serves_where_the_full_weights_are_missing(trained, tmp_p
     images, (whole, about) = torch.rand(4, 3, 16, 16), load_run(run)
     assert main(["export", str(run), "--output", str(run / "weights_half.safetensors")]) == 0
     full = run / "weights.safetensors"
+    assert main(["export", str(run), "--output", str(run / "x" / ".." / "weights.safetensors")]) == 2
+    assert "has the full weights, which would be lost" in capsys.readouterr().err and load_run(run)
     assert (run / "weights_half.safetensors").stat().st_size < 0.52 * full.stat().st_size
     full.rename(tmp_path / "away")
     half, _ = load_run(run)

@@ -133,7 +133,7 @@ def _split(settings: DataSettings, source: Source) -> dict[str, np.ndarray]:
     if len(minival):  # train has not been shuffled by a split
         train = np.random.default_rng(SPLIT_SEED).permutation(train)
     else:
-        train, minival = hold_out("minival", settings.minival)
+        train, minival = hold_out("minival", settings.minival or 0.1)
     if settings.train_per_class is not None:
         train = np.concatenate([train[labels[train] == c][: settings.train_per_class] for c in range(count)])
     split = {"train": np.sort(train), "minival": np.sort(minival), "test": np.sort(test)}

@@ -40,7 +40,8 @@ class DataSettings(Settings):
     size: Count | None = None  # pixels of a side at which images are stored (default: the data set's)
     classes: Count | None = None  # use only this many classes, the first in the data set's order
     train_per_class: Count | None = None  # use only this many training images per class, drawn at random
-    minival: Fraction = 0.1  # of the training images, held out at random, the same fraction of each class
+    # Fraction of the training images held out at random, the same of each class (default: 0.1, or a folder's val/)
+    minival: Fraction | None = None
     test: Fraction | None = None  # fraction to draw as test set, for a folder without one (default: 0.2)
     title: str | None = None
 
@@ -217,6 +218,8 @@ def _list_folder(settings: DataSettings, folder: Path) -> Source:
             raise ValueError(f"{folder / part}: class {min(others)!r} is not in {folder / found[TRAIN]}")
     if TEST not in found and MINIVAL in found:
         found[TEST] = found.pop(MINIVAL)
+    if MINIVAL in found and settings.minival is not None:
+        raise ValueError(f"minival: {folder} has a minival of its own, {found[MINIVAL]}/; leave the setting out")
     source = Source(classes[: settings.classes], folder, test_given=bool(found))
     source.add_folders({name: part for part, name in sorted(found.items())} or {"": TRAIN}, source.classes)
     if found:
