@@ -55,4 +55,4 @@ def describe_search(found: Mapping) -> str:
         return words + "No other candidate has finished, so nothing can be said of its certainty."
     words += f"It ranks first in {found['best_in_percent_of_draws']:.0f} % of resampled validation sets; "
     words += f"{len(found['not_told_apart'])} of the other candidates cannot be distinguished from it."
-    return words if found["seeds"] > 1 else f"{words} Seed noise, which is larger, is not included."
+    return words if found["seeds"] > 1 else f"{words} Differences between seeds are not included."

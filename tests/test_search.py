@@ -411,10 +411,10 @@ def test_a_searchs_outcome_in_words():
     words = describe_search(found)
     assert "alpha 1.2, beta 1.1, gamma 1.15 has the highest minival score, 50.12 %, of 3 candidates" in words
     assert "ranks first in 71 % of resampled validation sets; 1 of the other candidates cannot be" in words
-    assert words.endswith("Seed noise, which is larger, is not included.")
+    assert words.endswith("Differences between seeds are not included.")
     alone = describe_search(found | {"finished": 1, "best_in_percent_of_draws": None})
     assert alone.endswith("so nothing can be said of its certainty.")
-    assert "Seed noise" not in describe_search(found | {"seeds": 2})
+    assert "between seeds" not in describe_search(found | {"seeds": 2})
 
 
 @pytest.mark.slow
