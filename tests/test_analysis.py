@@ -476,7 +476,9 @@ def test_the_page_says_what_ran_and_what_came_out(changeable):
     assert "all 15 runs take about 2.04 core-hours: 0.509 hours on 4 cores and 0.254 hours on 8 cores" in page
     done = next(run for run in plan_runs(short, results) if run.state() == "finished")
     write_record(done, device={"type": "cpu", "name": "box, 2 threads"}, **done.about)  # two cores of several
-    assert "All 15 runs take about 2.04 hours of one device like this one" in page_of(short, results)
+    page = page_of(short, results)
+    assert "All 15 runs take about 2.04 hours of one device like this one" in page
+    assert "- Machine: box and box (2 threads); " in page
 
 
 def test_the_page_of_an_ablation_has_its_table_and_figure(changeable):

@@ -1,5 +1,6 @@
 """Text for readers: a run in a sentence, and the README.md of a study's results, all in Markdown."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def _about(profile: Profile, runs: pd.DataFrame) -> list[str]:
         purpose,
         "",
         f"- Data: {in_markdown(data['title'])}, {counts} of {data['classes']} classes.",
-        f"- Machine: {listed(done['device'].unique())}; {hours:.1f} hours of computing within {within:.1f} hours,",
+        f"- Machine: {devices(done)}; {hours:.1f} hours of computing within {within:.1f} hours,",
         f"  {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC.",
         f"  Other work on the machine makes times longer{uneven}.",
         f"- Code: {', '.join(str(commit)[:10] for commit in done['commit'].unique())}, Python {versions['python']}, "
@@ -196,6 +197,11 @@ def surplus(rows: pd.DataFrame, costs: pd.DataFrame | None) -> str:
 def _span(ratios: pd.Series) -> str:
     percent = 100 * (ratios - 1)
     return " to ".join(dict.fromkeys(f"{value:+.0f} %" for value in (percent.min(), percent.max())))
+
+
+def devices(done: pd.DataFrame) -> str:
+    """Name the devices of finished runs: AMD EPYC (1 thread) and some GPU."""
+    return listed(re.sub(r", (\d+ threads?)$", r" (\1)", name) for name in sorted(done["device"].unique()))
 
 
 def unfinished_runs(runs: pd.DataFrame) -> list[str]:

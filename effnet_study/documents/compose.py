@@ -23,7 +23,7 @@ import yaml
 
 from effnet_study.analysis.architecture import worth_of_surplus
 from effnet_study.analysis.statistics import MARGIN
-from effnet_study.analysis.summary import short_table7, surplus
+from effnet_study.analysis.summary import devices, short_table7, surplus
 from effnet_study.coefficients import COEFFICIENTS, describe_search, load_coefficients
 from effnet_study.documents.evidence import Study, alternative_texts, load_study, outcome, pilot_table
 from effnet_study.documents.page import build_page
@@ -104,7 +104,7 @@ def describe(study: Study) -> dict:
     if not study.finished.empty:
         commits = sorted({str(commit)[:10] for commit in study.finished["commit"]})
         facts["record"] = read_record(study.finished["run_dir"].iloc[0]) | {"commits": commits}
-        facts["devices"] = sorted(study.finished["device"].unique())
+        facts["devices"] = devices(study.finished)
         facts["hours"] = float(study.finished["seconds"].sum() / 3600)
         losses = [load_history(run_dir)["minival_loss"] for run_dir in study.finished["run_dir"]]
         facts["overfitted"] = int(sum(loss.min() < loss.iloc[-1] for loss in losses))
@@ -115,7 +115,7 @@ def describe(study: Study) -> dict:
 
 def gather(study: Study) -> dict:
     """Return what lib.typ calls facts: the study, its extensions, the outcome, colours, alternative texts."""
-    devices = [
+    measured = [
         {"name": path.name, "files": [file.relative_to(path).as_posix() for file in sorted(path.rglob("*.*"))]}
         for path in sorted(study.results.glob("throughput/*"))
     ]
@@ -128,7 +128,7 @@ def gather(study: Study) -> dict:
         "baseline": {"depth": study.profile.baseline.depth, "width": study.profile.baseline.width},
         "pilots": pilot_table(study),
         "worth": {} if costs is None else worth_of_surplus(costs).to_dict("index"),
-        "throughput": devices,
+        "throughput": measured,
         "outcome": outcome(study),
         "colors": {method: color(method) for method in sorted(methods)},
         "alt": alternative_texts(),
@@ -165,7 +165,7 @@ def results_block(study: Study) -> str:
     values["started"] = [each for each in study.extensions if not each.finished.empty]
     if rows is not None:
         values |= {"table7": short_table7(rows), "surplus": surplus(rows, study.table("table7_cost"))}
-        values["hours"] = rows["seconds"].sum() / 3600
+        values |= {"hours": rows["seconds"].sum() / 3600, "devices": devices(study.finished)}
     return f"{BEGIN}\n{fill_in('readme-template.md', **values)}{END}"
 
 
