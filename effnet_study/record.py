@@ -14,7 +14,7 @@ from effnet_lib import Cost, Scaling, TrainConfig
 from effnet_study.files import RunMismatch, write_json
 from effnet_study.machine import environment
 
-SCHEMA_VERSION = 3  # 2 had settings under other names, and one that is gone
+SCHEMA_VERSION = 3  # 2 had settings under other names, one that is gone, and no baseline other than B0
 GONE = ("checkpointing",)  # settings that no longer exist, and never changed a result
 RENAMED = {"warmup": "warmup_fraction", "final_lr": "final_lr_fraction"}  # settings, since schema 3
 EXECUTION = ("compile", "deterministic", "save_seconds", "save_steps")  # settings that do not change the result
@@ -98,7 +98,7 @@ def read_record(run_dir: str | Path, name: str = "run.json") -> dict | None:
             raise ValueError("its digest does not match: it was changed after it was written")
     except (IsADirectoryError, ValueError) as error:  # another OSError says nothing about the record
         raise ValueError(f"{path} is damaged ({error}); restore it, or delete it to run again") from None
-    return record | {"config": upgrade_config(record["config"])}
+    return {"baseline": {"depth": 1.0, "width": 1.0}, **record, "config": upgrade_config(record["config"])}
 
 
 def upgrade_config(config: Mapping) -> dict:

@@ -303,7 +303,7 @@ def rerun(path: str | Path, results: str | Path = "rerun", device: str | None = 
     record, run_dir = read_record(source), Path(results) / source.resolve().name
     if record is None:
         raise FileNotFoundError(f"{path}: expected a run.json, or a folder with one")
-    for part in ("data", "coefficients", "baseline", "stem_stride", "dataset"):
+    for part in ("data", "coefficients", "stem_stride", "dataset"):
         if part not in record:
             raise ValueError(f"{path} does not say its {part}: it is of an older version, or without a profile")
     config, data = TrainConfig(**record["config"]), load_data(**record["data"])

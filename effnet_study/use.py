@@ -79,7 +79,7 @@ def load_run(source: str | Path) -> tuple[nn.Module, dict]:
         raise FileNotFoundError(f"{run_dir}: expected the folder of a finished run, or its run.json; {reads}")
     if record["status"] != "finished":
         raise ValueError(f"{run_dir}: expected a finished run, this one is {record['status']}")
-    for part in ("coefficients", "baseline", "stem_stride"):
+    for part in ("coefficients", "stem_stride"):
         if part not in record:
             raise ValueError(f"{run_dir}/run.json does not say its {part}: it is of an older version; train it again")
     config = TrainConfig(**{**record["config"], "pretrained": False, "freeze": False})

@@ -190,6 +190,15 @@ def test_a_record_keeps_both_coefficients_and_its_network_can_be_loaded_and_run_
     assert plan_runs(other, tmp_path, methods=["compound"])[0].state() == "stale"
 
 
+def test_a_record_of_before_baselines_is_one_of_b0(profile_file, tmp_path):
+    whole = study.load_profile(profile_file())
+    run = plan_runs(whole, tmp_path, methods=["baseline"])[0]
+    write_record(run)
+    assert run.state() == "finished"
+    half = study.load_profile(profile_file(baseline={"depth": 1, "width": 0.9}))
+    assert plan_runs(half, tmp_path, methods=["baseline"])[0].state() == "stale"
+
+
 def test_each_state_is_told_from_the_files(profile_file, tmp_path):
     """Every state but waiting, which test_search.py has. Each is made by hand."""
     run = plan_runs(study.load_profile(profile_file()), tmp_path, methods=["depth"])[0]

@@ -282,7 +282,9 @@ def test_a_study_without_time_starts_nothing(profile_file, tmp_path, capsys):
     assert not (tmp_path / "tiny" / "notebooks").exists()
 
 
-@pytest.mark.parametrize("text, seconds", [("90", 90), ("9m", 540), ("1h30m", 5400), ("2h5s", 7205), ("1h", 3600)])
+@pytest.mark.parametrize(
+    "text, seconds", [("90", 90), ("90s", 90), ("9m", 540), ("1h", 3600), ("1h30m", 5400), ("2h5s", 7205)]
+)
 def test_times_are_read(text, seconds):
     assert duration(text) == seconds
 
@@ -553,7 +555,7 @@ def test_a_record_that_was_edited_is_named_and_left_out(profile_file, tmp_path, 
     print_status(plan_runs(load_profile(path), tmp_path))
     assert "its digest does not match" in capsys.readouterr().out
     del record["sha256"]
-    for schema in (2, 3):  # calling it old does not help
+    for schema in (1, 2, 3):  # calling it old does not help
         file.write_text(json.dumps(record | {"schema": schema}))
         assert run.state() == "damaged"
     run.run_dir.rename(tmp_path / "tiny" / "pilots")
@@ -824,11 +826,15 @@ def test_no_entry_of_a_record_may_be_missing_or_of_another_kind(tmp_path, record
         save_record(tmp_path, value)
         return {key: entry for key, entry in read_record(tmp_path).items() if key != "sha256"}
 
-    assert written(record) == record and written(record | {"further": 1}) == record | {"further": 1}
+    expected = record | {"baseline": {"depth": 1.0, "width": 1.0}}  # which older records did not have
+    assert written(record) == expected and written(record | {"further": 1}) == expected | {"further": 1}
+    (tmp_path / "run.json").write_text(json.dumps({key: value for key, value in record.items() if key != "schema"}))
+    with pytest.raises(ValueError, match="is damaged .schema None"):
+        read_record(tmp_path)
     damaged = []
     for name, value in record.items():
         damaged += [record | {name: [value]}]
-        damaged += [{key: other for key, other in record.items() if key != name}] * (name != "schema")  # is added
+        damaged += [{key: other for key, other in record.items() if key != name}] * (name != "schema")  # see above
         damaged += [record | {name: -1}, record | {name: 1.5}] if name in WHOLE else []
         for inner in value if isinstance(value, dict) else ():
             damaged += [record | {name: {key: other for key, other in value.items() if key != inner}}]

@@ -81,7 +81,6 @@ def made(tmp_path_factory):
     dataset = {"title": "T", "classes": 7, "class_names": CLASSES, "counts": {"train": 9, "minival": 9, "test": 9}}
     dataset |= {"stored_pixels": [24, 24], "mean": MEAN, "std": STD}
     scaling = {"coefficients": {"depth": 0.3, "width": 0.25, "resolution": 1.0}, "stem_stride": 1}
-    scaling |= {"baseline": {"depth": 1.0, "width": 1.0}}
     write_record(SimpleNamespace(run_dir=folder, config=config, seed=0), dataset=dataset, **scaling)
     torch.manual_seed(0)
     network = EfficientNet(Scaling(depth=0.3, width=0.25), 7, stem_stride=1)

@@ -131,7 +131,7 @@ def verdict_lines(found: Mapping) -> list[str]:
         return ["No claim has finished runs of two methods that it compares, so there is nothing to decide."]
     lines = [
         "Differences of mean test top-1 with Welch's intervals over seeds; those of one claim hold together at 95 %. "
-        "n is the number of seeds, of the method with fewer."
+        "n is the number of seeds of the method that has fewer."
     ]
     lines.append("")
     for claim in found["claims"]:
