@@ -96,8 +96,8 @@ def round_filters(channels: int, width: float, divisor: int = 8) -> int:
 
 
 def round_repeats(layers: int, depth: float) -> int:
-    """Return the scaled layers of a stage, rounded up."""
-    return math.ceil(round(layers * depth, 9))  # 3 * 1.1 / 1.1 is slightly above 3, and must not become 4 layers
+    """Return the scaled layers of a stage, rounded up, at least one."""
+    return max(1, math.ceil(round(layers * depth, 9)))  # 3 * 1.1 / 1.1 is slightly above 3, and must not become 4
 
 
 def round_resolution(resolution: float, base: int = 224) -> int:
@@ -190,7 +190,7 @@ class EfficientNet(nn.Module):
     """B0 scaled in depth and width by `scaling`. Its input has `round_resolution(scaling.resolution, base)` pixels.
 
     stem_stride: 1 halves the total stride to 16, for images of 64 px and less with their small last feature maps.
-    drop_path: stochastic depth's drop probability (1 - the paper's 0.8), rising linearly from block to block.
+    drop_path: stochastic depth's drop probability (1 - the paper's 0.8), to which block n of N comes by (n - 1) / N.
     norm_momentum: momentum of batch norm. PyTorch's 0.01 is the paper's 0.99, because TensorFlow counts 1 - momentum.
     se_expanded: size squeeze-and-excitation from the expanded channels, a common mistake that the study measures.
     zero_init_residual: start the last batch norm of every residual branch at zero, so that each block begins as the
@@ -258,9 +258,7 @@ class EfficientNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Return the last feature map: (N, 3, H, W) to (N, C_head, ceil(H / 32), ceil(W / 32)) at stem stride 2."""
-        x = self.stem(x)
-        x = self.stages(x)
-        return self.head(x)
+        return self.head(self.stages(self.stem(x)))
 
     def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W)
         x = self.features(x)  # (N, C_head, h, w)
@@ -335,8 +333,7 @@ class Settings(BaseModel):
         if kind == "value_error":  # raised by one of our validators
             return ValueError(f"{name}: {error['ctx']['error']}" if name else str(error["ctx"]["error"]))
         expected = re.sub("^(greater|less)", r"a value \1", error["msg"].removeprefix("Input should be "))
-        in_yaml = {"float_type": "1.0e-3, not 1e-3", "bool_type": "true or false"}.get(kind)
-        hint = f"; in YAML write {in_yaml}" if in_yaml and isinstance(value, str) else ""
+        hint = "; in YAML write true or false" if kind == "bool_type" and isinstance(value, str) else ""
         return ValueError(f"{name}: expected {expected}, got {value!r}{hint}")
 
 
@@ -356,7 +353,7 @@ class TrainConfig(Settings):
     seed: Seed = 0
     epochs: Count = 10
     batch_size: Annotated[int, Field(ge=2)] = 128  # images per optimizer step, with any accumulation
-    accumulation: Count = 1  # micro-batches of a step; batch norm sees one micro-batch at a time
+    accumulation: Count = 1  # micro-batches of a step, at most; batch norm sees one micro-batch at a time
     optimizer: Literal["rmsprop", "sgd"] = "rmsprop"  # RMSProp as TensorFlow defines it, or SGD with Nesterov momentum
     lr: Positive = 0.016  # the peak, at this batch size; the usual value for rmsprop is 0.016 for 256 images
     momentum: BelowOne = 0.9
@@ -366,7 +363,7 @@ class TrainConfig(Settings):
     warmup_fraction: BelowOne = 0.05  # fraction of all steps in which the learning rate rises linearly
     label_smoothing: BelowOne = 0.1
     dropout: BelowOne = 0.2
-    drop_path: BelowOne = 0.2  # stochastic depth: 1 - survival probability of the last block
+    drop_path: BelowOne = 0.2  # stochastic depth, rising from block to block: see `EfficientNet`
     se_expanded: bool = False  # squeeze-and-excitation sized from the expanded channels, a mistake to be measured
     zero_init_residual: bool = False  # the last norm of each residual branch begins at zero
     norm_momentum: PositiveShare = 0.01  # momentum of batch norm as PyTorch defines it; short runs need a larger value
@@ -383,7 +380,7 @@ class TrainConfig(Settings):
     erasing: Share = 0.0  # random erasing: fraction of the images
     mixup: AtLeastZero = 0.0  # alpha of its Beta distribution; 0 is off
     cutmix: AtLeastZero = 0.0  # alpha of CutMix; if both are on, each image gets one of them
-    sync_norm: bool = False  # on several GPUs: batch norm over all of a step's images, not over each GPU's own
+    sync_norm: bool = False  # on several GPUs: batch norm over the micro-batches of all of them, not of each alone
     pretrained: bool = False  # begin with torchvision's ImageNet weights and a new classifier
     freeze: bool = False  # train the classifier alone
     compile: Literal["auto", "blocks", "graph", "never"] = "auto"  # how effnet_study runs steps on a GPU
@@ -446,7 +443,8 @@ class RMSpropTF(torch.optim.Optimizer):
 
 def make_optimizer(model: nn.Module, config: TrainConfig, fused: bool = True) -> torch.optim.Optimizer:
     """Build the config's optimizer, with weight decay on kernels and matrices only. With a gradient scaler `fused` must
-    be False: if the very first step overflows, torch's fused SGD skips it but keeps an uninitialised momentum."""
+    be False: if the very first step overflows, torch's fused SGD skips it but keeps an uninitialised momentum. `None`
+    lets torch choose a fast way."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -454,7 +452,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig, fused: bool = True) ->
     ]
     options = {"lr": config.lr, "momentum": config.momentum}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, nesterov=config.momentum > 0, fused=fused, **options)
+        return torch.optim.SGD(groups, nesterov=config.momentum > 0, fused=fused or None, **options)
     return RMSpropTF(groups, **options)
 
 
@@ -467,8 +465,7 @@ def update_ema(ema: list[Tensor], now: list[Tensor], ema_decay: float, n: int) -
 
 def step_seed(seed: int, epoch: int, step: int, first: int = 0) -> int:
     """Return the seed of dropout and stochastic depth for the micro-batch that starts at image `first` of a step.
-    So a resumed run draws the same numbers. Several processes do too, if their micro-batches are those of one process.
-    """
+    So a resumed run draws the same numbers, and so do several processes with the micro-batches of one process."""
     return int(np.random.SeedSequence([seed, epoch, step, first]).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -476,7 +473,7 @@ def step_seed(seed: int, epoch: int, step: int, first: int = 0) -> int:
 
 
 def amp_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype in which a config's `precision` computes on a device."""
+    """Return the dtype in which `precision` computes on a device. By torch's default a GPU convolves fp32 as TF32."""
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
@@ -489,7 +486,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 class Trainer:
-    """A network in training, its optimizer, and `ema`: the moving average of its weights, which is scored."""
+    """Trains `model`, which it moves to the device. `ema` is the moving average of its weights, which is scored."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device):
         self.config, self.device, self.rank = config, device, 0
@@ -551,6 +548,8 @@ class Trainer:
         return {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer", "scaler")}
 
     def load_state_dict(self, state: Mapping) -> None:
+        """Go back to what `state_dict` returned, even out of a step that failed half-way: hence a new scaler."""
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
         for name in ("model", "ema", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(state[name])
 
@@ -591,7 +590,7 @@ def fit(trainer: Trainer, data, epoch: int = 0, step: int = 0) -> Iterator[Event
     """Train, and yield after every step and every epoch, so that the caller can score, save, log or stop.
 
     Start after `step` steps of `epoch` (from 0), as in a resumed run. data.counts["train"] is the number of images;
-    data.train_batches(config, epoch, start) yields an epoch's (images, labels) from step `start` on."""
+    data.train_batches(config, epoch, start) yields an epoch's whole batches (images, labels) from step `start` on."""
     config, steps = trainer.config, data.counts["train"] // trainer.config.batch_size
     for now in range(epoch, config.epochs):
         start = step if now == epoch else 0

@@ -305,7 +305,9 @@ def data(name: Images, changes: Choice = None, root: Root = None, output: Report
     The exit status is 2 if images are damaged.
     """
     try:
-        loaded = load_data(root=root, **DataSettings(name=name, **settings(changes or ())).given())
+        if "name" in (given := settings(changes or ())):
+            raise ValueError(f"name is given twice: {name} and {given['name']}")
+        loaded = load_data(root=root, **DataSettings(name=name, **given).given())
     except DamagedImages as error:
         print("\n".join(f"{path}: {reason}" for path, reason in error.files))
         print(f"{len(error.files)} damaged; repair or remove what is named above")

@@ -256,7 +256,7 @@ def read_checkpoint(run_dir: Path, check: Callable[[Path, dict], None]) -> dict 
         else:
             for other in unused:
                 with contextlib.suppress(FileNotFoundError):  # another process of the run has renamed it
-                    other.replace(other.with_suffix(".refused.pt"))
+                    other.replace(refused_name(other))
             return checkpoint
         print(f"{path} is not used: {reason}", flush=True)
         unused.append(path)
@@ -265,8 +265,14 @@ def read_checkpoint(run_dir: Path, check: Callable[[Path, dict], None]) -> dict 
     return None
 
 
+def refused_name(checkpoint: Path) -> Path:
+    """Return the name under which a checkpoint is kept that was not used."""
+    return checkpoint.with_suffix(".refused.pt")
+
+
 def remove_checkpoints(run_dir: Path) -> None:
-    """Remove a run's checkpoints."""
-    for path in (run_dir / name for name in CHECKPOINTS):
+    """Remove a run's checkpoints, also those that were not used."""
+    checkpoints = [run_dir / name for name in CHECKPOINTS]
+    for path in (*checkpoints, *map(refused_name, checkpoints)):
         if path.exists():  # a read-only file system refuses also what is not there
             path.unlink(missing_ok=True)

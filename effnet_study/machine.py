@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import glob
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -89,9 +90,11 @@ def prepare(device: torch.device, deterministic: bool = False) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep what this process frees for its next step. By default it returns large blocks to the system and
     then fetches every 4 KiB again by a page fault. Without glibc this does nothing."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        for threshold in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, to their greatest value
-            ctypes.CDLL(None).mallopt(threshold, 2**31 - 1)
+        mallopt = ctypes.CDLL(None).mallopt  # returns 0 if it refuses a value: older glibc does above 32 MiB
+        if mallopt(M_MMAP_THRESHOLD, 2**31 - 1) or mallopt(M_MMAP_THRESHOLD, 2**25):
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # alone it would leave the other at its least value for good
 
 
 def memory() -> int:
@@ -139,11 +142,17 @@ GPU_CODE = {"combo_kernels": True, "fallback_random": True}
 
 
 def can_compile() -> bool:
-    """Tell whether torch.compile can work for a GPU: Triton needs a C compiler and Python's headers. Print if not."""
+    """Tell whether torch.compile can work for this process's GPU. Print what is missing if not."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    if compiler and (Path(sysconfig.get_path("include")) / "Python.h").exists():
+    if not compiler or not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        lacking = "a C compiler and Python's headers (gcc, python3-dev)"
+    elif importlib.util.find_spec("triton") is None:
+        lacking = "Triton (pip install triton)"
+    elif torch.version.hip is None and torch.cuda.get_device_capability() < (7, 0):
+        lacking = "a GPU of compute capability 7.0 or newer"
+    else:
         return True
-    print("not compiled, and so slower: torch.compile needs a C compiler and Python's headers (gcc, python3-dev)")
+    print(f"not compiled, and so slower: torch.compile needs {lacking}")
     return False
 
 

@@ -209,6 +209,11 @@ class Profile(Settings):
         return PURPOSES[self.purpose]
 
     @property
+    def scale(self) -> str:
+        """The words that headings of results carry: "pocket scale" if the baseline is smaller than B0."""
+        return "pocket scale" if self.baseline.depth * self.baseline.width**2 < 1 else ""
+
+    @property
     def num_classes(self) -> int:
         known = self.data.classes or CLASS_COUNTS.get(self.data.name)
         if known is None:
@@ -248,8 +253,8 @@ class Profile(Settings):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which only true and false are truth values, and only decimal numbers are numbers: in YAML 1.1, no is
-    false, 010 is 8, and 1:30 is 90. Keys are text, and may be given once."""
+    """YAML in which only true and false are truth values, and decimal numbers are numbers: in YAML 1.1, no is false,
+    010 is 8, 1:30 is 90, and 1e-3 is text. Keys are text, and may be given once."""
 
     def construct_mapping(self, node, deep=False):
         given = set()
@@ -261,10 +266,12 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if tag.endswith((":float", ":null", ":merge"))]
+    first: [(tag, pattern) for tag, pattern in rules if tag.endswith((":null", ":merge"))]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"])
+_FLOAT = r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf)|\.nan"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT})$"), [*"-+.0123456789"])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("[-+]?(?:0|[1-9][0-9_]*)$"), [*"-+0123456789"])
 
 

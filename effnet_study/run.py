@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record as elastic_record
 
 from effnet_lib import VARIANTS, Cost, EfficientNet, Scaling, TrainConfig, round_resolution, unknown_name
@@ -137,7 +138,7 @@ class Run:
                 "again, or keep it and give another folder for results (results, --results)"
             )
         options = {"deadline": deadline, "tensorboard": tensorboard}
-        if processes > 1 and not torch.distributed.is_torchelastic_launched():
+        if processes > 1 and not dist.is_torchelastic_launched():
             error = launch(processes, _train_share, (self, device, options), self.run_dir)
             if error is not None and read_record(self.run_dir) is None:
                 known = (self.config, self.cost, data.describe(), choose_device(device))
@@ -213,6 +214,7 @@ def _train_share(run: Run, device: str | None, options: Mapping) -> str | None:
     """Train as one of several processes. Return why it was interrupted, if it was."""
     try:
         run.train(load_data(**run.profile.data.given()), device, **options)
+        dist.destroy_process_group()
     except Interrupted as reason:
         return str(reason)
 
@@ -268,7 +270,7 @@ def load_runs(profile: Profile, results: str | Path | None = None) -> pd.DataFra
             row |= {"minival_top1": record["minival"]["top1"], "device": record["device"]["name"]}
             row |= {"commit": record["git"]["commit"], "data": record["dataset"]["title"]}
             kept = ("seconds", "images_per_second", "peak_memory_bytes", "micro_batch", "started", "ended")
-            row |= {name: record[name] for name in kept}
+            row |= {name: record[name] for name in kept} | {"devices": record.get("devices", 1)}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -296,7 +298,8 @@ def pilot(
 
 
 def rerun(path: str | Path, results: str | Path = "rerun", device: str | None = None) -> pd.DataFrame:
-    """Train again what a run.json describes, in RESULTS/NAME-OF-ITS-FOLDER. Return the scores then and now, a row each.
+    """Train again what a run.json describes, in RESULTS/NAME-OF-ITS-FOLDER and in one process. Return the scores then
+    and now, a row each, with the micro-batches that batch norm saw, which several processes make smaller.
 
     ValueError if the record does not say enough, or if the images here differ from the recorded ones."""
     source = Path(path).parent if Path(path).name == "run.json" else Path(path)
@@ -320,5 +323,8 @@ def rerun(path: str | Path, results: str | Path = "rerun", device: str | None = 
     kept += ("pilot", "scored")
     about = {key: record[key] for key in kept if key in record} | {"rerun_of": record.get("git", {}).get("commit")}
     now = train(model, data, config, run_dir, about=about, device=device)
-    scores = {when: {"status": r["status"], **r.get("test", {})} for when, r in (("then", record), ("now", now))}
+    both = (("then", record), ("now", now))
+    scores = {
+        when: {"status": r["status"], **r.get("test", {}), "micro_batch": r.get("micro_batch")} for when, r in both
+    }
     return pd.DataFrame(scores).T

@@ -205,7 +205,7 @@ def quick_bench(
         size = {"resolution": px, "batch_size": images}
         contenders = {f"ours, {mode}": Contender(**size, compile=mode) for mode in modes}
         contenders["timm, compiled"] = Contender("timm", **size, compile="blocks")
-        times, about = measure(contenders, place.type, rounds, repeat=10 if place.type == "cuda" else 1)
+        times, about = measure(contenders, str(place), rounds, repeat=10 if place.type == "cuda" else 1)
         about["images_per_second"] = images / times.groupby("contender")["seconds"].median()
         about["limit_percent"] = 100 * about["images_per_second"] * least_bytes(px, place) / bandwidth
         tables.append(about.rename_axis("network").reset_index().assign(px=px))
@@ -315,7 +315,7 @@ def bench(
     """Execute 06_throughput on this device, or 07_models, and print its tables."""
     kind = choose_device(device)
     folder, notebook = throughput_folder(kind, results), "07_models" if models else "06_throughput"
-    parameters = {"device": kind.type, "results": results and str(Path(results).absolute())}
+    parameters = {"device": str(kind), "results": results and str(Path(results).absolute())}
     run_notebook(notebook, folder / f"{notebook}.ipynb", parameters | ({} if models else {"rounds": rounds}))
     for name in ("models",) if models else ("peers", "methods"):
         print(f"\n{pd.read_csv(folder / f'{name}.csv').to_string(index=False, na_rep='-')}", flush=True)

@@ -27,7 +27,7 @@ class Stop:
     def __init__(self, deadline: float | None = None):
         self.deadline = deadline or float(os.environ.get("EFFNET_DEADLINE", "inf"))
         self.file = os.environ.get("EFFNET_STOP")
-        self.reason, self.last, self.signalled = None, None, None
+        self.reason, self.last, self.interrupted = None, None, None
 
     def __enter__(self) -> "Stop":
         in_main = threading.current_thread() is threading.main_thread()  # only there signals can be handled
@@ -40,9 +40,10 @@ class Stop:
 
     def _note(self, number: int, frame: object) -> None:
         now = time.monotonic()
-        self.signalled = self.signalled or now
-        if number == signal.SIGINT and now - self.signalled > 2:  # a launcher may repeat a signal at once
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            self.interrupted = self.interrupted or now
+            if now - self.interrupted > 2:  # a launcher may repeat a signal at once
+                raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
 
     def due(self, to_save: float = 1.0) -> bool:

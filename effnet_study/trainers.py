@@ -1,6 +1,6 @@
 """Choose the trainer for a config and a device: plain, of several processes, compiled, or captured as a CUDA graph."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,10 @@ class CapturedTrainer(Trainer):
         self.stream = torch.cuda.Stream(device)  # torch captures on a stream other than the default one
         self.size = self.kind = None  # micro_batch; shapes and weight of the micro-batches that are captured
         self.replay = None  # what runs the captured graph
+
+    def load_state_dict(self, state: Mapping) -> None:
+        super().load_state_dict(state)
+        self.size = None  # the graph has the scale of the earlier scaler
 
     def add_gradient(self, images: Tensor, labels: Tensor, weight: float, last: bool) -> Tensor:
         kind = (images.shape, labels.shape, weight)

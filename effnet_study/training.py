@@ -58,7 +58,7 @@ def train(
     deadline: float | None = None,
     tensorboard: bool | None = None,
 ) -> dict:
-    """Train, score once on test, and return the run's record, which is also written to `run_dir/run.json`.
+    """Train, score test after the last epoch, and return the run's record, which is also written to `run_dir/run.json`.
 
     data: as in `effnet_lib.fit`; with `to(device)`, `counts` of train, minival and test, `describe()` (a dict with a
         "fingerprint"), and `eval_batches(split, resolution, batch_size)`.
@@ -75,8 +75,8 @@ def train(
 
     Raises Interrupted after a stop in time, SIGTERM or SIGINT; ValueError if run_dir holds another run, or a batch
     exceeds the training set; RunLocked if another process trains the run; OSError if a file cannot be read or written;
-    ProcessKilled if a GPU fails. All of these leave a run that can be continued. Any other error ends it as "failed";
-    of several processes, their launcher does this.
+    ProcessKilled if a GPU fails; ModuleNotFoundError without TensorBoard. All of these leave a run that can be
+    continued. Any other error ends it as "failed"; of several processes, their launcher does this.
     """
     run_dir, device, about = Path(run_dir), choose_device(device), about or {}
     count_steps(data, config)  # raises ValueError before anything is written

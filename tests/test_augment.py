@@ -14,7 +14,6 @@ from PIL import Image
 from effnet_lib import TrainConfig
 from effnet_study.data.augment import AUGMENTATION_DEFAULTS, OPERATIONS, augment, draw, erase, mix, randaugment, resize
 from effnet_study.data.load import load_data
-from effnet_study.training import train
 
 # One setting for each augmentation that switches it on
 ON = {
@@ -89,15 +88,6 @@ def test_a_fine_pattern_becomes_grey_and_no_coarse_one_in_training_and_scoring_a
     for images in seen:
         assert images.shape[1:] == (3, 8, 8)
         assert images[..., 1:-1].min() > 120 and images[..., 1:-1].max() < 135
-
-
-def test_training_and_scoring_see_the_same_resolution(digits, tiny_model, recipe, tmp_path):
-    seen = set()
-    model = tiny_model()
-    model.stem.register_forward_hook(lambda module, inputs, output: seen.add((module.training, *inputs[0].shape[2:])))
-    few = dataclasses.replace(digits, indices={split: index[:24] for split, index in digits.indices.items()})
-    train(model, few, recipe(resolution=20, epochs=1), tmp_path)
-    assert seen == {(True, 20, 20), (False, 20, 20)}  # the hook is in its moving average too
 
 
 def test_each_sample_is_flipped_on_its_own():

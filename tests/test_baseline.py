@@ -270,6 +270,7 @@ def test_a_table_of_runs_has_every_number_in_its_column(profile_file, tmp_path):
     expected |= {"top1": 50.0, "top5": 90.0, "loss": 1.0, "raw_top1": 45.0, "minival_top1": 40.0, "device": "box"}
     expected |= {"commit": "abc", "data": "T", "seconds": 9.0, "images_per_second": 7.0, "peak_memory_bytes": 5}
     expected |= {"micro_batch": 20, "started": "2026-01-02T03:04:05+00:00", "ended": "2026-01-02T04:04:05+00:00"}
+    expected |= {"devices": 1}
     assert row == expected and list(row) == list(expected)
     assert table.loc[1, ["method", "status", "d", "w"]].tolist() == ["depth", "missing", 4.0, 1.0]
 
@@ -425,7 +426,7 @@ def test_a_profiles_file_that_cannot_be_read_is_named_with_the_line(content, mes
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("train: {lr: 1e-4}", "lr: expected a valid number, got '1e-4'; in YAML write 1.0e-3, not 1e-3"),
+        ("train: {lr: 1:30.5}", "lr: expected a valid number, got '1:30.5'"),
         ("train: {epochs: 010}", "epochs: expected a valid integer, got '010'"),  # 8 in YAML 1.1
         ("train: {lr: 1:30}", "lr: expected a valid number, got '1:30'"),  # 90
         ("train: {flip: off}", "flip: expected a valid boolean, got 'off'; in YAML write true or false"),
@@ -443,10 +444,17 @@ def test_traps_of_yaml_are_said(line, message, profile_file):
 
 def test_words_that_yaml_takes_for_others_are_words(profile_file):
     path = profile_file(title=None)
-    for title in ("no", "on", "2024-01-01", "1e-4"):
+    for title in ("no", "on", "2024-01-01", "1:30"):
         path.write_text(f"{path.read_text()}title: {title}\n")
         assert study.load_profile(path).title == title
         path.write_text(path.read_text().rpartition("title")[0])
+
+
+@pytest.mark.parametrize("word, lr", [("5e-4", 5e-4), ("2.5e-1", 0.25), ("1E+0", 1.0), (".5", 0.5), ("2", 2.0)])
+def test_numbers_are_read_as_they_are_usually_written(word, lr, profile_file):
+    path = profile_file(train=None)
+    path.write_text(f"{path.read_text()}train: {{lr: {word}}}\n")
+    assert study.load_profile(path).config().lr == lr
 
 
 def test_a_profiles_file_ends_in_yaml(profile_file):

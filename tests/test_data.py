@@ -459,7 +459,7 @@ def test_two_processes_that_start_together_decode_once(image_folder, tmp_path):
     code = "from effnet_study.data.load import load_data\n"
     code += f"print(load_data('folder:{folder}', {str(tmp_path)!r}).fingerprint)"
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=120)[0] for process in both]
+    said = [process.communicate(timeout=1500)[0] for process in both]
     assert said[0].splitlines()[-1] == said[1].splitlines()[-1]
     assert "".join(said).count("decoding 800 images") == 1
 

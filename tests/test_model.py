@@ -269,6 +269,7 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
     y = layer.train()(x).flatten(1)
     assert torch.equal(y.amin(1), y.amax(1))
     assert y[:, 0].unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert (y[:, 0] == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
     assert y.mean() == pytest.approx(1, abs=0.05)
     assert layer.eval()(x) is x
 

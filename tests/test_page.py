@@ -298,6 +298,7 @@ def visit(pages, browser):
 
     def go(file: str, width: int, scheme: str, **options):
         contexts.append(browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, **options))
+        contexts[-1].set_default_timeout(300_000)  # a slow machine has other work, too
         page = contexts[-1].new_page()
         page.on("console", lambda message: wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -305,7 +306,7 @@ def visit(pages, browser):
         page.on("request", ask)
         page.goto((pages / file).as_uri())
         if file == "index.html" and options.get("java_script_enabled", True):
-            page.wait_for_function("document.documentElement.dataset.drawn", timeout=300_000)
+            page.wait_for_function("document.documentElement.dataset.drawn")
         return page
 
     yield go
@@ -341,7 +342,7 @@ def test_charts_are_drawn_and_answer(visit, width, scheme):
         arg=['[data-chart="train_loss"] svg', before],
     )
     page.emulate_media(color_scheme="light" if scheme == "dark" else "dark")
-    page.wait_for_function(f"document.documentElement.dataset.drawn !== '{scheme}'", timeout=300_000)
+    page.wait_for_function(f"document.documentElement.dataset.drawn !== '{scheme}'")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 

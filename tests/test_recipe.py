@@ -236,16 +236,8 @@ def test_a_stages_first_block_has_its_stride_and_table_1_its_kernels_and_channel
         assert [conv.stride[0] for conv in convs] == [stride] + [1] * (layers - 1)
         assert {conv.kernel_size for conv in convs} == {(kernel, kernel)}
         assert {block.project.conv.out_channels for block in stage} == {channels}
-        assert [block.residual for block in stage] == [False] + [True] * (layers - 1) if stride == 2 else True
+        assert [block.residual for block in stage] == [False] + [True] * (layers - 1)
         assert stage[1].depthwise.conv.out_channels == expand * channels
-
-
-def test_stochastic_depth_drops_each_sample_on_its_own_with_all_its_channels():
-    torch.manual_seed(0)
-    y = StochasticDepth(0.25).train()(torch.ones(2000, 3, 2, 2)).flatten(1)
-    assert torch.equal(y.amin(1), y.amax(1))
-    assert (y[:, 0] == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert y.max().item() == pytest.approx(1 / 0.75)
 
 
 def test_dropout_drops_features_and_not_the_pixels_they_are_the_mean_of():

@@ -145,7 +145,7 @@ def test_the_headline_is_printed_everywhere(rebuilt, study, report, poster):
     found = outcome(study)
     assert found["headline"] == (
         "Undecided at pocket scale: at matched FLOPs on Digits (made up), compound minus depth is +2.57 points "
-        "(−9.10 to +14.25: unclear), minus width +1.57 (−10.10 to +13.25: unclear) "
+        "(interval −9.10 to +14.25: unclear), minus width +1.57 (−10.10 to +13.25: unclear) "
         "and minus resolution +1.43 (−2.17 to +5.03: unclear)."
     )
     assert plain(found["headline"]) in report and found["prefix"] in report
@@ -320,10 +320,12 @@ def test_title_and_headline_follow_from_the_verdict(tmp_path, verdict, purpose, 
     assert found["headline"].startswith(lead)
     assert found["headline"] == f"{found['lead']}: {found['detail']}"
     words = WORDS[verdict or "inconclusive"]
-    said = f"minus depth is +3.00 points (+2.00 to +4.00: {words[0]}), minus width +2.25 (+1.25 to +3.25: {words[1]}) "
-    said += f"and minus resolution −1.00 (−2.00 to +0.00: {words[2]})"
+    said = f"minus depth is +3.00 points (interval +2.00 to +4.00: {words[0]}), "
+    said += f"minus width +2.25 (+1.25 to +3.25: {words[1]}) and minus resolution −1.00 (−2.00 to +0.00: {words[2]})"
     said += f", so far with {n} of 5 seeds." if n < 5 else ". It needs more seeds." if still else "."
     assert found["headline"].endswith(said)
+    mixed = " (above depth, equal to width, below resolution)" if verdict == "contradicted" else ""
+    status += f" at pocket scale{mixed}" if status in ("reproduced", "contradicted") else ""
     assert [claim["status"] for claim in one.claims if claim["key"] == "compound_matched"] == [status]
     others = [claim["status"] for claim in one.claims if claim["key"] != "compound_matched"]
     assert others == (["not tested yet"] * 3 if purpose == "evidence" else [])
@@ -417,7 +419,7 @@ def test_a_network_is_not_compared_with_itself(tmp_path):
     table = pd.read_csv(path)
     table.loc[0, "outcome"] = "same network"
     table.to_csv(path, index=False)
-    said = "compound minus width is +2.25 points (+1.25 to +3.25: above) and minus resolution −1.00"
+    said = "compound minus width is +2.25 points (interval +1.25 to +3.25: above) and minus resolution −1.00"
     assert said in outcome(one)["headline"]
 
 
@@ -433,8 +435,8 @@ def test_tables_of_other_runs_decide_nothing(tmp_path):
 
 
 def test_only_baselines_smaller_than_b0_are_called_pocket_scale():
-    assert Study(load_profile("pocket"), Path(), pd.DataFrame()).scale == "pocket scale"
-    assert Study(load_profile("imagenet"), Path(), pd.DataFrame()).scale == ""
+    assert load_profile("pocket").scale == "pocket scale"
+    assert load_profile("imagenet").scale == ""
 
 
 def test_what_an_extension_changes_decides_where_it_is_shown(study):
@@ -487,7 +489,8 @@ def test_part_of_the_runs_with_one_seed_is_called_so_everywhere(copied):
     for name in ("verdict.json", "table7_cost.csv", "lengths.csv"):
         (tables / name).unlink()
     one = dataclasses.replace(copied, runs=runs)
-    said = "Unfinished: 10 of 18 planned runs have ended. A claim is decided when all of its own runs have ended."
+    said = "Unfinished: 10 of 18 planned runs have ended. A claim is decided when all of its own runs have ended; "
+    said += "more seeds can still change its numbers."
     assert one.unfinished == said and said in results_block(one)
     others = "baseline, depth, width, resolution, depth matched, width matched, resolution matched and fast compound"
     assert one.missing == [

@@ -25,7 +25,7 @@ def test_channels_are_multiples_of_eight_and_never_lose_a_tenth():
 
 
 def test_layers_are_rounded_up_and_pixels_to_the_nearest():
-    assert [round_repeats(n, 1.4) for n in (1, 2, 3, 4)] == [2, 3, 5, 6]
+    assert [round_repeats(n, 1.4) for n in (1, 2, 3, 4)] == [2, 3, 5, 6] and round_repeats(4, 1e-10) == 1
     assert [round_resolution(r) for r in (1, 1.3, 2, 300 / 224)] == [224, 291, 448, 300]
     assert round_resolution(1.3, base=64) == 83
 

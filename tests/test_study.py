@@ -5,7 +5,6 @@ import re
 from types import SimpleNamespace
 from unittest import mock
 
-import filelock
 import numpy as np
 import pandas as pd
 import pytest
@@ -69,7 +68,7 @@ def test_evidence_has_the_seeds_that_the_rules_ask_for():
         ({"base_resolution": 4}, "base_resolution: expected a value greater than or equal to 8, got 4"),
         ({"base_resolution": "32"}, "base_resolution: expected a valid integer, got '32'"),
         ({"stem_stride": 4}, r"unknown stem_stride 4\. Valid: 1, 2"),
-        ({"train": {"lr": "1e-3"}}, "train: lr: expected a valid number, got '1e-3'; in YAML write 1.0e-3"),
+        ({"train": {"lr": "1e-3"}}, "train: lr: expected a valid number, got '1e-3'"),
         ({"train": {"epoch": 3}}, "train: unknown setting 'epoch'.*Did you mean 'epochs'"),
         ({"train": {"seed": 3}}, "train: seed follows from"),
     ],
@@ -119,19 +118,6 @@ def test_the_initial_weights_follow_the_seed(profile_file):
     path = profile_file(seeds=[0, 1])
     weights = [Run.plan(path, "baseline", seed).model(10).classifier.weight for seed in (0, 0, 1)]
     assert (weights[0] == weights[1]).all() and not (weights[0] == weights[2]).all()
-
-
-def test_a_runs_state_is_told_from_what_it_left(profile_file, tmp_path):
-    runs = plan_runs(load_profile(profile_file()), tmp_path)
-    write_record(runs[0])
-    write_record(runs[1], status="failed", error="OSError: no")
-    write_record(runs[2], config={**dict(runs[2].config), "lr": 9.0})
-    runs[3].run_dir.mkdir()
-    (runs[3].run_dir / ".lock").touch()
-    (runs[3].run_dir / "checkpoint.pt").touch()
-    assert [run.state() for run in runs] == ["finished", "failed", "stale", "interrupted", "missing"]
-    with filelock.FileLock(runs[3].run_dir / ".lock"):
-        assert plan_runs(runs[3].profile, tmp_path)[3].state() == "running"
 
 
 def test_a_run_is_stale_once_its_network_or_data_change(profile_file, tmp_path):

@@ -269,7 +269,12 @@ def repository(place):
 def test_the_commit_of_another_users_checkout_is_read(tmp_path, monkeypatch):
     commit = repository(tmp_path)
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
-    refused = subprocess.run(["git", "-C", str(tmp_path), "status"], capture_output=True, text=True)
+    plain = os.environ | {
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "LC_ALL": "C",
+    }  # no safe.directory
+    refused = subprocess.run(["git", "-C", str(tmp_path), "status"], env=plain, capture_output=True, text=True)
     assert "dubious ownership" in refused.stderr
     assert git_state(tmp_path) == {"commit": commit, "dirty": False}
     (tmp_path / "file").write_text("2")

@@ -13,6 +13,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import filelock
 import numpy as np
@@ -40,7 +42,7 @@ from effnet_lib import (
 )
 from effnet_study.data.load import load_data
 from effnet_study.files import RunLocked, load_history
-from effnet_study.machine import can_compile
+from effnet_study.machine import can_compile, keep_freed_memory
 from effnet_study.parallel import MICRO_BATCH, Group, ParallelTrainer
 from effnet_study.record import read_record
 from effnet_study.stop import ProcessKilled
@@ -78,7 +80,7 @@ def test_the_learning_rate_peaks_once_and_ends_near_zero(schedule, epochs):
     "changes, message",
     [
         ({"epocs": 3}, "unknown setting 'epocs'.*Did you mean 'epochs'"),
-        ({"lr": "1e-3"}, "lr: expected a valid number, got '1e-3'; in YAML write 1.0e-3"),
+        ({"lr": "1e-3"}, "lr: expected a valid number, got '1e-3'"),
         ({"lr": 0.0}, "lr: expected .*greater than 0, got 0.0"),
         ({"lr": float("nan")}, "lr: expected a finite number, got nan"),
         ({"flip": "false"}, "flip: expected a valid boolean, got 'false'"),
@@ -196,7 +198,7 @@ def test_a_run_learns_and_leaves_its_record(whole, digits):
     assert record["peak_memory_bytes"] > 1e8
     assert (record["dtype"], record["compiled"], record["devices"], record["micro_batch"]) == ("float32", False, 1, 24)
     begin, end = (datetime.fromisoformat(record[name]) for name in ("started", "ended"))
-    assert abs((end - begin).total_seconds() - record["seconds"]) < 3
+    assert -1 <= (end - begin).total_seconds() - record["seconds"] < 60  # files are written in between
     history = rows_of(whole)
     assert [row["epoch"] for row in history] == [1, 2, 3]
     assert history[-1]["train_loss"] < history[0]["train_loss"]
@@ -442,11 +444,57 @@ def test_without_a_c_compiler_that_is_said_and_nothing_is_compiled(monkeypatch, 
     assert can_compile() is False and "gcc, python3-dev" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("triton, capability, lacking", [(False, (9, 0), "Triton"), (True, (6, 1), "capability 7.0")])
+def test_without_triton_or_a_gpu_for_it_that_is_said(monkeypatch, capsys, tmp_path, triton, capability, lacking):
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CC", "gcc")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if triton else None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    assert can_compile() is False and lacking in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("most, accepted", [(2**31, 2**31 - 1), (2**25, 2**25), (0, None)])
+def test_freed_memory_is_kept_also_by_an_older_glibc(monkeypatch, most, accepted):
+    """It refuses a threshold above 32 MiB. The other threshold alone would give more page faults, not fewer."""
+    values = {}
+
+    def mallopt(threshold, value):
+        known = threshold == -1 or value <= most
+        return values.update({threshold: value}) or 1 if known else 0
+
+    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    keep_freed_memory()
+    assert values == ({-3: accepted, -1: 2**31 - 1} if accepted else {})
+
+
+def test_a_step_that_failed_half_way_leaves_no_trace_in_the_scaler():
+    """Memory may run out after the gradients were unscaled: the same step, taken again, unscales its own."""
+    config, device = TrainConfig(precision="fp16", optimizer="sgd", clip_norm=1.0), torch.device("cpu")
+    torch.manual_seed(0)
+    trainer = Trainer(torch.nn.Linear(3, 2), config, device)
+    trainer.forward = lambda images: trainer.model(images[..., 0, 0])
+    batch, before = (torch.randn(4, 3, 1, 1), torch.tensor([0, 1, 0, 1])), copy.deepcopy(trainer.state_dict())
+
+    def step():
+        trainer.step(*batch, epoch=0, step=0, steps=1)
+        return copy.deepcopy(trainer.model.state_dict())
+
+    taken = step()
+    trainer.load_state_dict(before)
+    failing = mock.patch.object(trainer.optimizer, "step", side_effect=torch.OutOfMemoryError)
+    with pytest.raises(torch.OutOfMemoryError), failing:
+        step()
+    trainer.model.zero_grad()
+    trainer.load_state_dict(before)
+    torch.testing.assert_close(step(), taken, rtol=0, atol=0)
+
+
 def run_python(*words, status=0):
     """Return what a process of its own prints. It has one thread: with more, sums are taken in another order."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 

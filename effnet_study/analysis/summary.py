@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
 from effnet_study.analysis.claims import AXES, verdict_lines
@@ -32,8 +33,6 @@ IN_RESULTS = {
     "95 % interval": ("interval", "{}"),
     "sd": ("top1_sd", "{:.2f}"),
     "paper %": ("paper_top1", "{:.1f}"),
-    "minutes": ("minutes", "{:.1f}"),
-    "images/s": ("images_per_second", "{:,.0f}"),
 }
 IN_README = {
     "method": ("name", "{}"),
@@ -74,12 +73,13 @@ def write_page(profile: Profile, found: Mapping, results: str | Path | None = No
         table = ablation(profile, results)
         _save_ablation(profile, table, done, results)
         sections += ["## What the change does", "", *ablation_lines(profile, table), ""]
-    sections += ["## Verdict" if profile.purpose == "evidence" else "## Contrasts", "", *verdict_lines(found), ""]
+    title, scale = "Verdict" if profile.purpose == "evidence" else "Contrasts", profile.scale and f", {profile.scale}"
+    sections += [f"## {title}{scale}", "", *verdict_lines(found), ""]
     sections += _pictures(study_dir, ["contrasts", "lengths"])
-    sections += ["## Table 7", "", _in_markdown(table7(profile, done), IN_RESULTS, str), ""]
+    sections += [f"## Table 7{scale}", "", _in_markdown(table7(profile, done), IN_RESULTS, str), ""]
     if searched_coefficients(profile, study_dir):
         sections += ["## Coefficient search", "", describe_search(load_coefficients(profile, study_dir)), ""]
-    if unplanned := [*unfinished_runs(runs), *_split_batches(runs)]:
+    if unplanned := [*unfinished_runs(runs), *_split_batches(profile, runs)]:
         sections += ["## Not finished, or not as planned", "", *(f"- {line}" for line in unplanned), ""]
     sections += _pictures(study_dir, FIGURES)
     replace_file(study_dir / "README.md", "\n".join(sections).rstrip("\n") + "\n")
@@ -168,7 +168,6 @@ def _in_markdown(rows: pd.DataFrame, columns: Mapping, name: Callable[[str], str
     names = [name(m) + (f" (same network as {name(same)})" if isinstance(same, str) else "") for m, same in pairs]
     intervals = [f"{r.top1_low:.2f} to {r.top1_high:.2f}" if r.n > 1 else "one seed" for r in rows.itertuples()]
     values = rows.assign(name=names, interval=intervals)
-    values["minutes"] = rows["seconds"] / 60
     scaled, baseline = rows["method"] != "baseline", rows[rows["method"] == "baseline"]
     for score, gain in (("top1", "gain"), ("paper_top1", "paper_gain")):
         values[gain] = (rows[score] - baseline[score].max()).where(scaled)  # NaN without a baseline
@@ -213,11 +212,12 @@ def unfinished_runs(runs: pd.DataFrame) -> list[str]:
     return [f"{listed(methods)}: {seeds}" for seeds, methods in alike.items()]
 
 
-def _split_batches(runs: pd.DataFrame) -> list[str]:
+def _split_batches(profile: Profile, runs: pd.DataFrame) -> list[str]:
     """Name the runs that had to split their batches."""
-    lines, most = [], runs["micro_batch"].max()
-    for run in runs[runs["micro_batch"] < most].itertuples():
-        sizes = f"{run.micro_batch:.0f} images at a time instead of {most:.0f}"
+    lines, config = [], profile.config()
+    shares = np.minimum(np.ceil(config.batch_size / config.accumulation), config.batch_size // runs["devices"])
+    for run in runs.assign(share=shares)[runs["micro_batch"] < shares].itertuples():
+        sizes = f"{run.micro_batch:.0f} images at a time instead of {run.share:.0f}"
         lines.append(f"{spoken(run.method)}, seed {run.seed}: memory was short, so batch norm saw {sizes}")
     return lines
 

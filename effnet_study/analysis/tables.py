@@ -4,7 +4,7 @@ images, the search. Scores are top-1 in percent, differences in points, FLOPs mu
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -109,18 +109,32 @@ def table7(profile: Profile, done: pd.DataFrame) -> pd.DataFrame:
 def contrasts(profile: Profile, runs: pd.DataFrame) -> pd.DataFrame:
     """Return the contrasts of the profile's claims, a row for each with finished runs of both sides. low, high and
     half_width are those of Welch's interval at `confidence`, with which the intervals of one claim hold together at
-    95 %. paper_difference is that of the paper's Table 7."""
+    95 %. image_se: of `image_error`. paper_difference is that of the paper's Table 7."""
     done = runs[runs["status"] == "finished"]
     scores, known = scores_by_method(done), networks(profile, runs)
-    flops = done.groupby("method")["flops"].first()
-    rows = []
+    flops, folders, rows = done.groupby("method")["flops"].first(), done.groupby("method")["run_dir"], []
     for claim in planned_claims(profile.methods):
         for row in contrast_rows(scores, claim.pairs, known):
             row["claim"], row["flops_ratio"] = claim.key, flops[row["target"]] / flops[row["other"]]
             target, other = (PAPER_TABLE7.get(row[side], (math.nan, math.nan))[1] for side in ("target", "other"))
-            rows.append(row | {"paper_difference": target - other})
+            error = image_error(*(folders.get_group(row[side]) for side in ("target", "other")))
+            rows.append(row | {"image_se": error, "paper_difference": target - other})
     columns = ["claim", "target", "other", "difference", "n", "low", "high", "half_width", "sd_target", "sd_other"]
-    return pd.DataFrame(rows, columns=[*columns, "flops_ratio", "same_as", "outcome", "paper_difference", "confidence"])
+    columns += ["image_se", "flops_ratio", "same_as", "outcome", "paper_difference", "confidence"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def image_error(target: Iterable[Path], other: Iterable[Path]) -> float:
+    """Return the standard error over test images of the difference of two methods' mean top-1, in points: how much
+    other images would change it, for the networks as they are. NaN if a run did not keep its answers.
+
+    target, other: the folders of each method's runs.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        right = [np.mean([np.load(each / "test_correct.npy") for each in runs], axis=0) for runs in (target, other)]
+        gaps = 100 * np.subtract(*right)
+        return gaps.std(ddof=1) / math.sqrt(len(gaps))
+    return math.nan
 
 
 def compare_costs(baseline: Run, run: Run) -> pd.DataFrame:

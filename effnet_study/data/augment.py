@@ -41,7 +41,8 @@ def draw(n: int, generator: torch.Generator, **settings: float) -> dict[str, Ten
     area, ratio, left, top, mirrored = torch.rand(5, n, generator=generator)
     draws, mirrored = {}, mirrored < 0.5
     if on["crop_area"] < 1:
-        # Fraction of the area and aspect ratio as in torchvision's RandomResizedCrop
+        # Fraction of the area and aspect ratio as in torchvision's RandomResizedCrop, which draws again where a side
+        # exceeds the image's; here the side is shortened
         area = on["crop_area"] + (1 - on["crop_area"]) * area
         box = _box(area, torch.exp(math.log(4 / 3) * (2 * ratio - 1)), left, top)
         draws["columns"], draws["rows"] = box[:, :2], box[:, 2:]

@@ -124,7 +124,8 @@ def gather(study: Study) -> dict:
     return {
         "study": describe(study),
         "extensions": [describe(each) for each in study.extensions],
-        "scale": study.scale,
+        "scale": study.profile.scale,
+        "recipe": dict(study.profile.config()),
         "baseline": {"depth": study.profile.baseline.depth, "width": study.profile.baseline.width},
         "pilots": pilot_table(study),
         "worth": {} if costs is None else worth_of_surplus(costs).to_dict("index"),

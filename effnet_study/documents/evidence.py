@@ -74,12 +74,6 @@ class Study:
         """The title of the data set, from the records of the runs."""
         return plain(self.profile.title if self.finished.empty else self.finished["data"].iloc[0])
 
-    @property
-    def scale(self) -> str:
-        """The words that headings of results carry: "pocket scale" if the baseline is smaller than B0."""
-        baseline = self.profile.baseline
-        return "pocket scale" if baseline.depth * baseline.width**2 < 1 else ""
-
     def has(self, file: str) -> bool:
         """Tell whether the study has a file, for example "tables/table7.csv"."""
         return (self.study_dir / file).is_file()
@@ -99,7 +93,7 @@ class Study:
     @cached_property
     def claims(self) -> list[dict]:
         """The claims of tables/verdict.json, and in a study of evidence those that no finished runs compare yet.
-        `status` is the outcome and why it is open; of a claim that decides nothing, what was found."""
+        `status` is the outcome, at which scale, and why it is open; of a claim that decides nothing, what was found."""
         path = self.study_dir / "tables" / "verdict.json"
         if not path.is_file():
             return []
@@ -109,6 +103,8 @@ class Study:
             claim = found.get(planned.key)
             if claim is not None:
                 told, still = claim["outcome"] or COMPARED, f" ({claim['open']})" if claim["open"] else ""
+                if claim["outcome"] in PREFIXES:
+                    told += (self.profile.scale and f" at {self.profile.scale}") + self._mixed_words(planned)
                 if not planned.decides:
                     told = listed(claim["sentences"]).replace(" -", " −")
                     still = f"; {claim['open']}" if claim["open"] else ""
@@ -117,6 +113,20 @@ class Study:
                 claim = {"key": planned.key, "title": planned.title, "sentences": []}
                 claims.append(claim | {"open": "no runs", "seeds": 0, "outcome": None, "status": "not tested yet"})
         return claims
+
+    def _mixed_words(self, claim: Claim) -> str:
+        """Say the words of a claim's contrasts, if they differ: " (above depth and width, below resolution)"."""
+        table = self.table("contrasts")
+        rows = () if table is None else table[(table["claim"] == claim.key) & (table["outcome"] != SAME)]
+        if len(rows) == 0 or rows["outcome"].nunique() == 1 or rows["target"].nunique() > 1:
+            return ""
+        others = rows.groupby("outcome", sort=False)["other"]
+        said = {"equal": "equal to", "unclear": "unclear against"}
+        words = (
+            f"{said.get(word, word)} {listed(spoken(name.removesuffix('_matched')) for name in names)}"
+            for word, names in others
+        )
+        return f" ({', '.join(words)})"
 
     def open_runs(self, claim: Claim) -> pd.DataFrame:
         """Return the rows of the claim's planned runs that have not ended."""
@@ -129,8 +139,8 @@ class Study:
         ended = self.runs["status"].isin(ENDED).sum()
         if ended == len(self.runs):
             return ""
-        words = f"Unfinished: {ended} of {len(self.runs)} planned runs have ended. "
-        return words + "A claim is decided when all of its own runs have ended."
+        words = f"Unfinished: {ended} of {len(self.runs)} planned runs have ended. A claim is decided when all of its "
+        return words + "own runs have ended; more seeds can still change its numbers."
 
     @property
     def missing(self) -> list[str]:
@@ -191,7 +201,7 @@ def outcome(study: Study) -> dict[str, str]:
             detail = f"the networks {TOLD[decisive]}, which decide, {state}. {capital(detail)}"
         elif claim["open"] and study.open_runs(planned[decisive]).empty:
             detail += f" {capital(claim['open'])}."
-    lead += f" at {study.scale}" if study.scale else ""
+    lead += f" at {study.profile.scale}" if study.profile.scale else ""
     words = {"prefix": prefix, "lead": lead, "detail": detail, "headline": f"{lead}: {detail}"}
     return words | {"unfinished": study.unfinished}
 
@@ -220,7 +230,7 @@ def _differences(rows: pd.DataFrame) -> str:
     parts = []
     for row in rows.itertuples():
         low, high, difference = (f"{half_up(value):+.2f}" for value in (row.low, row.high, row.difference))
-        interval = f"{low} to {high}: {row.outcome}" if row.n > 1 else "one seed"
+        interval = f"{'' if parts else 'interval '}{low} to {high}: {row.outcome}" if row.n > 1 else "one seed"
         other = spoken(row.other.removesuffix("_matched"))
         parts.append(f"minus {other}{'' if parts else ' is'} {difference}{'' if parts else ' points'} ({interval})")
     return f"compound {listed(parts)}".replace("-", "−")
@@ -233,7 +243,12 @@ def _seeds(study: Study, claim: Claim, rows: pd.DataFrame) -> str:
     if counts.min() >= planned:
         return ""
     seeds = " to ".join(dict.fromkeys(f"{count}" for count in (counts.min(), counts.max())))
-    return f", {'with only' if study.open_runs(claim).empty else 'so far with'} {seeds} of {planned} seeds"
+    of = (
+        f"the {planned} seeds for which wide intervals ask"
+        if planned > len(study.profile.seeds)
+        else f"{planned} seeds"
+    )
+    return f", {'with only' if study.open_runs(claim).empty else 'so far with'} {seeds} of {of}"
 
 
 def pilot_table(study: Study) -> list[dict]:
