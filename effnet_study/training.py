@@ -155,6 +155,8 @@ class Training:
         """Train to the end and return the outcome. If memory runs out, go on from the last checkpoint with half the
         micro-batch; several processes write the new size to a file and fail, to start again."""
         self.load()
+        for row in self.history:
+            self.log(row)
         while True:
             try:
                 return self.loop()
@@ -316,8 +318,6 @@ class Training:
         elif self.group.rank == 0:  # files of an attempt that was set aside
             for name in (HISTORY, PROGRESS):
                 (self.run_dir / name).unlink(missing_ok=True)
-        for row in self.history:
-            self.log(row)
 
     def pause(self) -> None:
         """Save and raise Interrupted."""

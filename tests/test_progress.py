@@ -229,7 +229,15 @@ def test_a_cell_that_is_stopped_says_how_to_go_on_and_event_files_have_every_epo
     assert re.search(r"interrupted +1\.\d+/3", handle.shown[-1]["text/plain"])  # where it goes on, by its checkpoint
     (line,) = raised.value._render_traceback_()
     assert "stopped by SIGINT in epoch 2" in line and line.endswith("Run the cell again to go on.")
-    run.train(data, "cpu", tensorboard=True)
+    short = [RuntimeError("can't allocate memory")]
+
+    def fail(images):
+        if short:
+            raise short.pop()
+        return images
+
+    run.train(Disturbed(data, fail, epoch=2, step=0), "cpu", tensorboard=True)  # goes back to a checkpoint once
+    assert not short
     events = EventAccumulator(str(run.run_dir / "tensorboard"))
     events.Reload()
     history = load_history(run.run_dir)
