@@ -489,9 +489,10 @@ def test_part_of_the_runs_with_one_seed_is_called_so_everywhere(copied):
     for name in ("verdict.json", "table7_cost.csv", "lengths.csv"):
         (tables / name).unlink()
     one = dataclasses.replace(copied, runs=runs)
-    said = "Unfinished: 10 of 18 planned runs have ended. A claim is decided when all of its own runs have ended; "
-    said += "more seeds can still change its numbers."
+    said = "Unfinished: 10 of 18 planned runs have ended. A claim is decided when all of its own runs have ended."
     assert one.unfinished == said and said in results_block(one)
+    more = dataclasses.replace(one, profile=one.profile.replace(more_seeds=[2]))
+    assert more.unfinished == said[:-1] + "; more seeds can still change its numbers."
     others = "baseline, depth, width, resolution, depth matched, width matched, resolution matched and fast compound"
     assert one.missing == [
         "the verdict (tables/verdict.json); to make it: make report",

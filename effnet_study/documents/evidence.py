@@ -140,7 +140,8 @@ class Study:
         if ended == len(self.runs):
             return ""
         words = f"Unfinished: {ended} of {len(self.runs)} planned runs have ended. A claim is decided when all of its "
-        return words + "own runs have ended; more seeds can still change its numbers."
+        more = "; more seeds can still change its numbers" if self.profile.more_seeds else ""
+        return f"{words}own runs have ended{more}."
 
     @property
     def missing(self) -> list[str]:
