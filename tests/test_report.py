@@ -543,6 +543,23 @@ def test_a_caption_tells_that_an_extension_is_unfinished(copied):
     assert said in compiled(REPORT, dataclasses.replace(copied, extensions=(x2,)))
 
 
+def test_the_poster_holds_all_of_its_verdicts(copied):
+    """With nine rows in its table they once overlapped with the note and left their panel."""
+    facts = gather(copied)
+    facts["study"]["data"] = "Tiny ImageNet (the first 100 classes of its 200, by their order in wnids.txt)"
+    for claim in facts["study"]["claims"]:
+        claim["status"] = "contradicted at pocket scale (above depth and width, below resolution)"
+    pdf, _ = compile_typst(POSTER, facts, copied.results)
+    lines = []
+    PdfReader(io.BytesIO(pdf)).pages[0].extract_text(
+        visitor_text=lambda text, page, at, *_: text.strip() and lines.append((text.strip(), at[5] * page[3] + page[5]))
+    )
+    words, heights = zip(*lines, strict=True)
+    rules, below = words.index("By the rules:"), words.index("The same cost? Not as printed")
+    assert heights[rules - 1] - heights[rules] > 40  # points, a line at least
+    assert words[below - 1].endswith("resolution)") and heights[below - 1] - heights[below] > 140
+
+
 def test_a_damaged_table_is_named(copied):
     (copied.study_dir / "tables" / "table7.csv").write_text("")
     with pytest.raises(ValueError, match="tables/table7.csv is damaged .*; delete it, then run make report"):
