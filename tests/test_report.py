@@ -543,6 +543,13 @@ def test_a_caption_tells_that_an_extension_is_unfinished(copied):
     assert said in compiled(REPORT, dataclasses.replace(copied, extensions=(x2,)))
 
 
+def test_what_has_not_begun_is_named_also_beside_a_complete_study(copied):
+    x2 = next(each for each in copied.extensions if each.name == "mini-x2")
+    x2 = dataclasses.replace(x2, runs=x2.runs.assign(status="missing"))
+    assert not copied.unfinished and "Not begun" not in results_block(copied)
+    assert "Not begun: mini-x2 (" in results_block(dataclasses.replace(copied, extensions=(x2,)))
+
+
 def test_the_poster_holds_all_of_its_verdicts(copied):
     """With nine rows in its table they once overlapped with the note and left their panel."""
     facts = gather(copied)
