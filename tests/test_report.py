@@ -173,6 +173,16 @@ def test_every_contrast_is_printed_with_its_interval_and_word(study, report):
     assert "Holm" not in report and "ootstrap" not in report and "p value" not in report
 
 
+def test_the_answer_on_the_length_of_training_is_told(copied, report):
+    assert "All 3 changes are unclear." in report
+    path = copied.study_dir / "tables" / "length_contrasts.csv"
+    table = pd.read_csv(path)
+    table.loc[(table["epochs"] == 4) & (table["other"] == "width_matched"), ["change", "change_word"]] = [-2.5, "below"]
+    table.to_csv(path, index=False)
+    said = "Clear changes: compound minus width matched at 4 epochs, -2.50 (below). Unclear: the other 2."
+    assert said in compiled(REPORT, copied)
+
+
 def test_headings_of_results_name_the_scale(rebuilt, poster):
     pdf = PdfReader(rebuilt / "report" / "report.pdf")
     titles = [text.casefold() for text in outlines(pdf.outline)]
@@ -678,4 +688,5 @@ def test_a_readme_without_marks_is_refused():
 def test_lists_numbers_and_sentences_read_well():
     assert [listed(names) for names in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
     assert [number(2.345), number(float("nan")), number(1234.5, ",.0f")] == ["2.35", "–", "1,235"]
+    assert number(-2.345) == "−2.35"
     assert capital("compound and Depth") == "Compound and Depth" and capital("") == ""

@@ -195,7 +195,7 @@ def surplus(rows: pd.DataFrame, costs: pd.DataFrame | None) -> str:
 
 def _span(ratios: pd.Series) -> str:
     percent = 100 * (ratios - 1)
-    return " to ".join(dict.fromkeys(f"{value:+.0f} %" for value in (percent.min(), percent.max())))
+    return " to ".join(dict.fromkeys(f"{value:+.0f} %" for value in (percent.min(), percent.max()))).replace("-", "−")
 
 
 def devices(done: pd.DataFrame) -> str:

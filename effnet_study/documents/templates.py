@@ -10,8 +10,8 @@ from effnet_study.methods import listed, spoken
 
 
 def number(value: float, form: str = ".2f") -> str:
-    """Format a number, or a dash if there is none."""
-    return format(half_up(value), form) if math.isfinite(value) else "–"
+    """Format a number with a true minus sign, or a dash if there is none."""
+    return format(half_up(value), form).replace("-", "−") if math.isfinite(value) else "–"
 
 
 def capital(sentence: str) -> str:
