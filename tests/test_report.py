@@ -183,6 +183,13 @@ def test_the_answer_on_the_length_of_training_is_told(copied, report):
     assert said in compiled(REPORT, copied)
 
 
+def test_only_hyphens_before_numbers_become_minus_signs(copied):
+    path = copied.study_dir / "tables" / "mistakes.csv"
+    path.write_text("mistake,measure,here,with it\none seed,top-1 differs,-2.42 points,from -1.63\n")
+    said = text_of(io.BytesIO(compile_typst(REPORT, gather(copied), copied.results)[0]))
+    assert "top-1 differs" in said and "−2.42 points" in said and "from −1.63" in said
+
+
 def test_headings_of_results_name_the_scale(rebuilt, poster):
     pdf = PdfReader(rebuilt / "report" / "report.pdf")
     titles = [text.casefold() for text in outlines(pdf.outline)]
